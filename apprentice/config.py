@@ -1,0 +1,440 @@
+"""apprentice.yaml -> frozen settings.
+
+The file is the only thing a user has to write. Loading it validates everything at once: each problem is reported with
+its YAML path and line, the value at fault and a remedy, and an unknown key with the nearest known one. Every key that
+is not in the file has a default, documented on its field here and in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from zoneinfo import ZoneInfo
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from apprentice.errors import ConfigError, Problem
+from apprentice.schema import Schema, SchemaError, parse_schema
+
+__all__ = [
+    "BudgetSettings",
+    "LocalSettings",
+    "ProviderSettings",
+    "RemoteSettings",
+    "SamplingSettings",
+    "Settings",
+    "TaskSettings",
+    "Thresholds",
+    "TrainingSettings",
+    "load_settings",
+]
+
+
+def _module_function(value: str) -> str:
+    module, _, function = value.partition(":")
+    if not (module and function and all(part.isidentifier() for part in (*module.split("."), function))):
+        raise ValueError("write module:function")
+    return value
+
+
+def _a_zone(value: str) -> str:
+    try:
+        ZoneInfo(value)
+    except (KeyError, ValueError, OSError):
+        raise ValueError("no such time zone; use a name such as UTC or Europe/Berlin") from None
+    return value
+
+
+def _a_schema(value: object) -> Schema:
+    return value if isinstance(value, Schema) else parse_schema(value)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Correlation = Annotated[float, Field(ge=-1, le=1)]
+Money = Annotated[Decimal, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v), Field(ge=0)]
+ModuleFunction = Annotated[str, AfterValidator(_module_function)]
+TaskSchema = Annotated[Schema, BeforeValidator(_a_schema)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        arbitrary_types_allowed=True,
+        ignored_types=(cached_property,),
+    )
+
+
+class Thresholds(_Section):
+    """When a task moves on, when it is coached, and when the remote takes over again."""
+
+    phase1_to_phase2: int = Field(50, ge=1, description="examples before the first training run")
+    phase2_to_phase3: Correlation = Field(
+        0.85, description="correlation that a slice must be certified to reach to serve"
+    )
+    coaching_trigger: Correlation = Field(0.70, description="below it every request is checked and retraining is due")
+    emergency_threshold: Correlation = Field(0.50, description="below it the remote answers everything again")
+    max_disagreement: Fraction | None = Field(
+        None, description="serve at most this share of disagreeing answers, instead of the correlation phase2_to_phase3"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Thresholds:
+        if not self.emergency_threshold <= self.coaching_trigger <= self.phase2_to_phase3:
+            raise ValueError(
+                f"must satisfy emergency_threshold <= coaching_trigger <= phase2_to_phase3, not "
+                f"{self.emergency_threshold} <= {self.coaching_trigger} <= {self.phase2_to_phase3}"
+            )
+        return self
+
+
+class Caps(_Section):
+    """Hard caps on what is spent; a cap left out does not exist."""
+
+    daily: Money | None = Field(None, description="per calendar day")
+    weekly: Money | None = Field(None, description="per calendar week")
+    monthly: Money | None = Field(None, description="per calendar month")
+
+
+class BudgetSettings(Caps):
+    """Caps for all tasks together."""
+
+    currency: Literal["USD"] = Field("USD", description="vendors bill in USD; other currencies are not converted")
+    timezone: Annotated[str, AfterValidator(_a_zone)] = Field("UTC", description="whose midnight starts a day")
+    week_start: Literal["monday", "sunday"] = "monday"
+
+
+class TaskSettings(_Section):
+    """A named, schema'd kind of request."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+    description: str = Field(min_length=1, description="tells the remote what to do; the local model learns it")
+    input_schema: TaskSchema
+    output_schema: TaskSchema
+    instructions: str = Field("", description="more for the remote: rules, definitions, examples")
+    evaluator: Literal["exact_match", "structured_match", "semantic_similarity", "custom"] = "structured_match"
+    match_fields: tuple[str, ...] = Field((), description="fields that structured_match compares; all when empty")
+    field_weights: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    numeric_tolerance: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="absolute, for numbers in structured_match"
+    )
+    ordered_lists: bool = Field(False, description="whether the order of a list matters in structured_match")
+    evaluator_function: ModuleFunction | None = Field(None, description="module:function, for evaluator: custom")
+    evaluator_model: str = Field("sentence-transformers/all-MiniLM-L6-v2", description="for semantic_similarity")
+    confidence_thresholds: Thresholds = Field(default_factory=Thresholds)
+    deferral: bool = Field(True, description="hand requests of low local confidence to the remote")
+    min_coverage: Fraction = Field(0.10, description="smallest share of requests worth starting to serve")
+    error_rate: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="delta: chance of a wrong certificate")
+    promotion: Literal["auto", "review"] = Field("auto", description="review: a person moves the alias champion")
+    budget: Caps = Field(default_factory=Caps, description="this task's own caps, below the common ones")
+    max_output_tokens: int = Field(1024, ge=16, description="ceiling of a remote answer; its worst case is reserved")
+    redact: ModuleFunction | None = Field(None, description="module:function(input) -> input, before training")
+
+    @model_validator(mode="after")
+    def _fields_exist(self) -> TaskSettings:
+        known = self.output_schema.fields
+        for key, names in (("match_fields", self.match_fields), ("field_weights", tuple(self.field_weights))):
+            for name in names:
+                if name.split(".")[0] not in known:
+                    raise ValueError(
+                        f"{key} names {name!r}, which output_schema does not have; it has {', '.join(known)}"
+                    )
+        if self.evaluator == "custom" and not self.evaluator_function:
+            raise ValueError("evaluator: custom needs evaluator_function: module:function")
+        return self
+
+
+class ModelPrice(_Section):
+    """What a model costs, in USD per million tokens; wins over the price list."""
+
+    input: Money
+    output: Money
+    cached_input: Money | None = None
+
+
+class ProviderSettings(_Section):
+    """One vendor's API and the model asked there."""
+
+    provider: Literal["anthropic", "openai", "google", "openai_compatible"]
+    model: str = Field(min_length=1)
+    api_key_env: str = Field("", description="name of the environment variable that holds the key")
+    base_url: str | None = Field(None, description="another endpoint of the same protocol")
+    api: Literal["chat_completions", "responses"] = Field("chat_completions", description="for provider: openai")
+    price: ModelPrice | None = None
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of traffic when use: share")
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    max_concurrency: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> ProviderSettings:
+        if self.provider == "openai_compatible" and not self.base_url:
+            raise ValueError("provider: openai_compatible needs base_url")
+        if self.provider != "openai_compatible" and not self.api_key_env:
+            raise ValueError(
+                f"provider: {self.provider} needs api_key_env, the name of the variable that holds the key"
+            )
+        return self
+
+
+class RemoteSettings(ProviderSettings):
+    """The frontier API that teaches, and whom to ask when it fails."""
+
+    additional_providers: tuple[ProviderSettings, ...] = ()
+    use: Literal["fallback", "share"] = Field(
+        "fallback", description="share: spread requests over all providers by weight, for training diversity"
+    )
+    deadline_s: Annotated[float, Field(gt=0)] = Field(60.0, description="for one request, its retries included")
+    max_retries: int = Field(4, ge=0)
+    repair: bool = Field(True, description="show the model its schema error once before giving up")
+
+    @property
+    def providers(self) -> tuple[ProviderSettings, ...]:
+        """Every provider, the first one first."""
+        return (self, *self.additional_providers)
+
+
+class TrainingSettings(_Section):
+    """How the local model is fine-tuned; None leaves the choice to the trainer, from the data and the hardware."""
+
+    lora_rank: int | None = Field(None, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    target_modules: tuple[str, ...] | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int | None = Field(None, ge=1)
+    max_length: int = Field(2048, ge=32, description="tokens of one example; longer ones are left out, and reported")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="share of examples that no run ever trains on"
+    )
+    max_held_out: int = Field(2000, ge=20, description="held-out examples the gate answers, the newest first")
+    seed: int = 0
+
+
+class LocalSettings(_Section):
+    """The open-weight model that learns, the engine that runs it and the trainer that teaches it."""
+
+    backend: Literal["embedded", "vllm", "llama_cpp", "ollama", "hosted"] = "embedded"
+    base_model: str = Field(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id, folder, GGUF file or engine tag"
+    )
+    training_model: str | None = Field(None, description="the same weights for the trainer, where base_model is a tag")
+    url: str | None = Field(None, description="of a running vllm, llama_cpp or ollama server")
+    fine_tune_backend: Literal["huggingface", "unsloth", "axolotl", "openai"] = "huggingface"
+    fine_tune_batch_size: int = Field(100, ge=1, description="new examples before another training run")
+    fine_tune_growth: Annotated[float, Field(ge=0)] = Field(0.5, description="least growth of the corpus between runs")
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    model_dir: Path = Field(Path("./models/"), description="adapters, relative to apprentice.yaml")
+    deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="after which a local answer is not waited for")
+    max_new_tokens: int = Field(512, ge=1)
+    max_memory_mb: int | None = Field(None, ge=1, description="idle adapters are unloaded above it")
+    cost_per_hour: Money = Field(Decimal(0), description="what the local machine costs; subtracted from savings")
+    promotion_margin: Fraction = Field(0.01, description="how much worse than the champion a candidate may be, at most")
+
+
+class SamplingSettings(_Section):
+    """How often a served request is checked against the remote."""
+
+    decay_function: Literal["linear", "exponential", "step"] | ModuleFunction = "exponential"
+    min_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.02, description="never check a smaller share of requests")
+    window_size: int = Field(100, ge=20, description="comparisons in the rolling window")
+    trend_sensitivity: Fraction = Field(0.05, description="fall within the window that raises the rate")
+    max_fall: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="the rate falls by at most this per comparison"
+    )
+    mean_time_to_false_alarm: int = Field(10_000, ge=100, description="comparisons between false drift alarms")
+
+
+class TrackingSettings(_Section):
+    """Where training runs and model versions are recorded."""
+
+    uri: str | None = Field(None, description="MLflow; default: a SQLite file beside apprentice.yaml")
+    artifacts: str | None = Field(None, description="where MLflow keeps files, with the default uri")
+
+
+class AlertSettings(_Section):
+    """Who hears of alerts, besides the log and the store."""
+
+    webhook: str | None = Field(None, description="URL that gets each alert as a JSON POST")
+
+
+class Settings(_Section):
+    """The whole of apprentice.yaml, checked. ``source`` is the file it came from; relative paths start beside it."""
+
+    tasks: tuple[TaskSettings, ...] = Field(min_length=1)
+    remote: RemoteSettings
+    local: LocalSettings = Field(default_factory=LocalSettings)
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    budget: BudgetSettings = Field(default_factory=BudgetSettings)
+    store: str = Field("sqlite:///apprentice.db", description="SQLite file or PostgreSQL URL")
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
+    alerts: AlertSettings = Field(default_factory=AlertSettings)
+    source: Path = Field(Path("apprentice.yaml"), exclude=True)
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique(cls, tasks: tuple[TaskSettings, ...]) -> tuple[TaskSettings, ...]:
+        names = [task.name for task in tasks]
+        doubles = sorted({name for name in names if names.count(name) > 1})
+        if doubles:
+            raise ValueError(f"two tasks are named {doubles[0]!r}; give each its own name")
+        return tasks
+
+    def task(self, name: str) -> TaskSettings:
+        """The task of that name. Raises `KeyError`."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, TaskSettings]:
+        return {task.name: task for task in self.tasks}
+
+    @property
+    def root(self) -> Path:
+        """The folder of apprentice.yaml, from which relative paths start."""
+        return self.source.resolve().parent
+
+    @property
+    def model_dir(self) -> Path:
+        """Where adapters lie, absolute."""
+        return (self.root / self.local.model_dir).resolve()
+
+    @property
+    def store_url(self) -> str:
+        """The store's URL, a relative SQLite path made absolute against the config's folder."""
+        prefix = "sqlite:///"
+        if self.store.startswith(prefix) and not self.store.startswith(prefix + "/") and ":memory:" not in self.store:
+            return prefix + str(self.root / self.store.removeprefix(prefix))
+        return self.store
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's tracking URI."""
+        return self.tracking.uri or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def tracking_artifacts(self) -> str:
+        """Where MLflow keeps files when it has no server of its own."""
+        return self.tracking.artifacts or (self.root / "mlartifacts").as_uri()
+
+
+def load_settings(path: str | Path = "apprentice.yaml") -> Settings:
+    """Read and check a config file. Raises `ConfigError` with every problem in it."""
+    source = Path(path)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        problem = Problem(
+            "file", f"cannot be read ({error.strerror}).", "Pass --config, or run where apprentice.yaml lies."
+        )
+        raise ConfigError(str(path), [problem]) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise ConfigError(str(path), [Problem("file", f"is not YAML: {error.problem}.", line=line)]) from None
+    if not isinstance(document, dict):
+        problem = Problem("file", "holds no mapping.", "See the apprentice.yaml that ships with Apprentice.")
+        raise ConfigError(str(path), [problem])
+    try:
+        return Settings.model_validate({**document, "source": source})
+    except ValidationError as error:
+        # pydantic drops tasks that failed and then also complains that none are left
+        errors = [e for e in error.errors() if not (e["type"] == "too_short" and document.get("tasks"))]
+        problems = [p for e in errors for p in _explain(e, node)]
+        raise ConfigError(str(path), sorted(problems, key=lambda p: p.line or 0)) from None
+
+
+def _explain(error: Any, node: yaml.Node | None) -> list[Problem]:
+    loc = [part for part in error["loc"] if not _is_union_tag(part)]
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".") or "file"
+    line = _line_of(node, loc)
+    kind, value = error["type"], error.get("input")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SchemaError):
+        return [
+            Problem(
+                path + p.path.removeprefix("schema"),
+                p.message,
+                p.remedy,
+                _line_of(node, [*loc, *p.path.split(".")[1:]]),
+            )
+            for p in cause.problems
+        ]
+    if kind == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        remedy = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return [Problem(path, "is not a known key.", remedy, line)]
+    if kind == "missing":
+        return [Problem(path, "is missing.", "", line)]
+    shown = "" if isinstance(value, dict | list | tuple) else f"is {value!r}: "
+    message = str(cause) if cause else error["msg"]
+    return [Problem(path, f"{shown}{message[:1].lower()}{message[1:]}.", "", line)]
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic puts the branch of a union into the location; a YAML path has no such step."""
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "constrained-", "function-")) or part in ("str", "int")
+    )
+
+
+def _line_of(node: yaml.Node | None, loc: list[Any]) -> int | None:
+    """The line of the deepest node that the location reaches."""
+    line = node.start_mark.line + 1 if node is not None else None
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == part:
+                    line, node = key.start_mark.line + 1, value
+                    break
+            else:
+                return line
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _known_keys(loc: list[Any]) -> list[str]:
+    """The keys of the section that a location points to."""
+    model: type[BaseModel] = Settings
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [key for key in model.model_fields if key != "source"]
+
+
+def require_key(provider: ProviderSettings, environ: Mapping[str, str] = os.environ) -> str:
+    """The API key that the provider's settings name. Raises `ConfigError` where the variable is not set."""
+    key = environ.get(provider.api_key_env, "") if provider.api_key_env else ""
+    if not key and provider.api_key_env:
+        problem = Problem(
+            "remote.api_key_env",
+            f"names {provider.api_key_env}, which is not set in the environment.",
+            f"Run: export {provider.api_key_env}=...",
+        )
+        raise ConfigError("environment", [problem])
+    return key

@@ -1,0 +1,179 @@
+"""Every error Apprentice raises on purpose.
+
+    ApprenticeError
+    ├── ConfigError            apprentice.yaml is wrong; lists every problem at once
+    ├── InputError             the caller's input does not fit the task
+    │   └── UnknownTask        there is no such task
+    ├── MissingExtra           an optional dependency is needed and not installed
+    ├── Unavailable            neither the remote nor the local model could answer
+    │   └── BudgetExceeded     a cap is reached and no local model can stand in
+    ├── RemoteError            a vendor's API did not answer
+    │   ├── RemoteRefused      it refused the request: retrying the same request cannot help
+    │   └── RemoteUnavailable  it did not answer in time or at all: another try or vendor may
+    ├── OutputError            an answer stayed outside the output schema, after its repair
+    ├── LocalError             the local model did not answer
+    │   ├── EngineUnavailable  its engine is down, slow, or has tripped the circuit breaker
+    │   └── VersionError       this version's files cannot be served: truncated, corrupt, of another base
+    ├── EvaluatorError         an evaluator raised, or returned something that is no score
+    ├── StoreError             the store cannot be opened, or was written by a newer Apprentice
+    └── TrainingError          a training run cannot start or go on
+
+Messages say what went wrong, with which value, and what to do about it. None of them holds an API key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+__all__ = [
+    "ApprenticeError",
+    "BudgetExceeded",
+    "ConfigError",
+    "EngineUnavailable",
+    "EvaluatorError",
+    "InputError",
+    "LocalError",
+    "MissingExtra",
+    "OutputError",
+    "Problem",
+    "RemoteError",
+    "RemoteRefused",
+    "RemoteUnavailable",
+    "StoreError",
+    "TrainingError",
+    "Unavailable",
+    "UnknownTask",
+    "VersionError",
+]
+
+
+class ApprenticeError(Exception):
+    """The root: catch it to catch everything Apprentice raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in a document: where it stands, what it is, and the remedy."""
+
+    path: str
+    message: str
+    remedy: str = ""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.path} (line {self.line})" if self.line else self.path
+        return f"{where}: {self.message}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class ConfigError(ApprenticeError):
+    """apprentice.yaml cannot be used. ``problems`` holds every one found, in file order."""
+
+    def __init__(self, source: str, problems: list[Problem]) -> None:
+        self.source = source
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class InputError(ApprenticeError):
+    """The input does not fit the task's schema. Nothing was recorded or spent."""
+
+    def __init__(self, task: str, problems: list[Problem]) -> None:
+        self.task = task
+        self.problems = problems
+        super().__init__(f"input for task {task!r}: " + "; ".join(str(p) for p in problems))
+
+
+class UnknownTask(InputError):
+    """There is no such task in the configuration."""
+
+
+class MissingExtra(ApprenticeError):
+    """Something optional was asked for and is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f"{what} needs an extra: pip install 'apprentice[{extra}]'")
+
+
+class Unavailable(ApprenticeError):
+    """Nobody could answer. ``remote`` and ``local`` hold the two causes, None where that side was not asked."""
+
+    def __init__(self, message: str, *, remote: Exception | None = None, local: Exception | None = None) -> None:
+        self.remote = remote
+        self.local = local
+        super().__init__(message)
+
+
+class BudgetExceeded(Unavailable):
+    """A cap is reached and there is no local model to answer instead.
+
+    ``cap`` names it ("daily", "weekly", "monthly", with "task:" before it for a task's own), ``limit`` is its
+    size and ``resets_at`` the moment from which remote calls are possible again.
+    """
+
+    def __init__(self, cap: str, limit: Decimal, resets_at: datetime, *, local: Exception | None = None) -> None:
+        self.cap = cap
+        self.limit = limit
+        self.resets_at = resets_at
+        super().__init__(
+            f"the {cap} budget of {limit} is used up until {resets_at.isoformat()}; "
+            f"raise budget.{cap.removeprefix('task:')} in apprentice.yaml or wait",
+            local=local,
+        )
+
+
+class RemoteError(ApprenticeError):
+    """A vendor's API did not answer. ``status`` is None when no HTTP status came back."""
+
+    def __init__(self, provider: str, message: str, *, status: int | None = None) -> None:
+        self.provider = provider
+        self.status = status
+        super().__init__(f"{provider}{f' answered {status}' if status else ''}: {message}")
+
+
+class RemoteRefused(RemoteError):
+    """The vendor refuses this request (400, 401, 403, 404, 413, 422): the same request would fail again."""
+
+
+class RemoteUnavailable(RemoteError):
+    """The vendor did not answer in time, within every retry that the deadline allowed."""
+
+
+class OutputError(ApprenticeError):
+    """The remote's answer stayed outside the output schema after one repair attempt. It is not kept as an example."""
+
+    def __init__(self, task: str, provider: str, problems: list[Problem]) -> None:
+        self.task = task
+        self.provider = provider
+        self.problems = problems
+        super().__init__(
+            f"{provider}'s answer to task {task!r} does not fit its output schema: "
+            + "; ".join(str(p) for p in problems)
+        )
+
+
+class LocalError(ApprenticeError):
+    """The local model did not answer."""
+
+
+class EngineUnavailable(LocalError):
+    """The engine is down, hangs, or is being left alone by its circuit breaker."""
+
+
+class VersionError(LocalError):
+    """A version's files cannot be served; whatever was served before still is."""
+
+
+class EvaluatorError(ApprenticeError):
+    """An evaluator raised, or returned something that is not a number in [0, 1]. The message names it."""
+
+
+class StoreError(ApprenticeError):
+    """The store cannot be opened or used."""
+
+
+class TrainingError(ApprenticeError):
+    """A training run cannot start or go on; the message holds the remedy."""

@@ -1,0 +1,90 @@
+"""The seam between Apprentice and whatever runs the local model.
+
+An engine holds one base model and any number of versions (adapters) of it, and answers for a version by name. A version's
+name is the content hash of its adapter folder, so the same name is the same weights everywhere and forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from apprentice.schema import Schema
+
+__all__ = ["Engine", "Health", "LoadedVersion", "LocalAnswer", "Version"]
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A trained version of a task's local model, as an engine needs to know it.
+
+    ``adapter`` is the folder the trainer wrote (PEFT files and frame.json), or None for the untrained base model;
+    ``remote_model`` is set instead where a vendor serves the fine-tuned model.
+    """
+
+    name: str
+    task: str
+    adapter: Path | None
+    output_schema: Schema
+    remote_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAnswer:
+    """An answer of the local model. ``output`` fits the schema; else the engine raises `OutputError`.
+
+    ``confidence`` is g of DESIGN section 6, in [0, 1]: the probability of the values' tokens, the weakest field
+    counting; ``field_confidence`` has it by field.
+    """
+
+    output: dict[str, Any]
+    confidence: float
+    field_confidence: Mapping[str, float]
+    version: str
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the engine answers, and in words why not."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedVersion:
+    """One version an engine holds, and the memory that it alone takes (None where the engine cannot tell)."""
+
+    name: str
+    task: str
+    bytes: int | None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What runs the local model. Safe to call from many threads at once."""
+
+    def load(self, version: Version) -> None:
+        """Make a version ready to answer. Idempotent. Raises `VersionError`, `EngineUnavailable`."""
+
+    def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
+        """Answer one input. Raises `EngineUnavailable` (down, or past the deadline), `OutputError`, `VersionError`."""
+
+    def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
+        """Answer many inputs, as fast as the engine can; an input that fails has its exception in its place."""
+
+    def unload(self, version: str) -> None:
+        """Let go of a version once its answers in flight are out. Idempotent."""
+
+    def loaded(self) -> list[LoadedVersion]:
+        """What the engine holds."""
+
+    def health(self) -> Health:
+        """Whether the engine answers; cheap enough to ask every few seconds."""
+
+    def close(self) -> None:
+        """Release everything."""
