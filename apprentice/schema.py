@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, Union, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic import Field as PydanticField
@@ -208,6 +208,19 @@ def _enum(values: list[Any], path: str) -> Any:
     return Literal[tuple(values)]
 
 
+# The keywords of JSON Schema that bound a value, under pydantic's names for them.
+_BOUNDS = {
+    "minimum": "ge",
+    "maximum": "le",
+    "exclusiveMinimum": "gt",
+    "exclusiveMaximum": "lt",
+    "multipleOf": "multiple_of",
+    "minLength": "min_length",
+    "maxLength": "max_length",
+    "pattern": "pattern",
+    "minItems": "min_length",
+    "maxItems": "max_length",
+}
 _JSON_TYPES = {
     "string": str,
     "integer": int,
@@ -237,38 +250,34 @@ def _from_json_schema(source: Mapping[str, Any], name: str, path: str) -> tuple[
 
 def _json_type(spec: Mapping[str, Any], name: str, path: str) -> tuple[Any, list[Problem]]:
     """The Python type of one JSON Schema node, with the keywords that structured outputs know."""
+    kind, problems = _plain_json_type(spec, name, path)
+    bounds = {_BOUNDS[key]: value for key, value in spec.items() if key in _BOUNDS}
+    return (Annotated.__class_getitem__((kind, PydanticField(**bounds))) if bounds else kind), problems  # type: ignore[attr-defined]
+
+
+def _plain_json_type(spec: Mapping[str, Any], name: str, path: str) -> tuple[Any, list[Problem]]:
     if "enum" in spec:
         return Literal[tuple(spec["enum"])], []
     if "const" in spec:
         return Literal[spec["const"]], []
     if "anyOf" in spec or isinstance(spec.get("type"), list):
         branches = spec.get("anyOf") or [{**spec, "type": t} for t in spec["type"]]
-        kinds, problems = [], []
-        for i, branch in enumerate(branches):
-            kind, found = _json_type(branch, f"{name}_{i}", f"{path}.anyOf[{i}]")
-            kinds.append(kind)
-            problems += found
-        union = kinds[0]
-        for kind in kinds[1:]:
-            union = union | kind
-        return union, problems
+        found = [_json_type(branch, f"{name}_{i}", f"{path}.anyOf[{i}]") for i, branch in enumerate(branches)]
+        return Union[tuple(kind for kind, _ in found)], [p for _, problems in found for p in problems]  # noqa: UP007
     kind = spec.get("type")
     if kind == "object" and "properties" in spec:
         return _from_json_schema(spec, name, path)
     if kind == "array" and "items" in spec:
         item, problems = _json_type(spec["items"], f"{name}_item", f"{path}.items")
         return list.__class_getitem__(item), problems
-    if kind is None and not spec:
+    if kind is None and not spec.keys() - {"description", "title"}:
         return Any, []
     if kind not in _JSON_TYPES:
         known = ", ".join(_JSON_TYPES)
-        return Any, [
-            Problem(
-                path,
-                f"has type {kind!r}, which is not supported.",
-                f"Supported: {known}, enum, const, anyOf.",
-            )
-        ]
+        problem = Problem(
+            path, f"has type {kind!r}, which is not supported.", f"Supported: {known}, enum, const, anyOf."
+        )
+        return Any, [problem]
     return {"object": dict[str, Any], "array": list[Any]}.get(kind, _JSON_TYPES[kind]), []
 
 

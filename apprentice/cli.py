@@ -1,0 +1,152 @@
+"""The command `apprentice`.
+
+Commands of other rooms (flows, serving) are named here and imported when they are called: the library itself never
+imports them, and `apprentice --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from apprentice.errors import ApprenticeError
+
+__all__ = ["main"]
+
+# command -> module:object, and its line in the help
+_ELSEWHERE = {
+    "serve": ("serving.command:serve", "Answer requests over HTTP."),
+    "coach": ("flows.commands:coach", "Watch the store and train what is due, or one task now."),
+    "observe": ("flows.commands:observe", "Write every task's correlation and cost to MLflow."),
+    "promote": ("flows.commands:promote", "Make a version the champion of its task."),
+    "rollback": ("flows.commands:rollback", "Go back to the champion before, or to a given version."),
+    "replay": ("flows.replay:replay", "Stream recorded traffic through the whole system."),
+    "demo": ("flows.replay:demo", "Replay the support tickets in examples/."),
+    "up": ("flows.commands:up", "Start router, coach, Prefect and MLflow together."),
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *_ELSEWHERE])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _ELSEWHERE:
+            return super().get_command(context, name)
+        target, _ = _ELSEWHERE[name]
+        module, _, attribute = target.partition(":")
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            _explain_missing(name, error)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        # Each command's own help would import its room; the table above has the lines.
+        rows = []
+        for name in self.list_commands(context):
+            own = super().get_command(context, name)
+            rows.append((name, own.get_short_help_str() if own else _ELSEWHERE[name][1]))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _explain_missing(command: str, error: ModuleNotFoundError) -> NoReturn:
+    room = (error.name or "").split(".")[0]
+    if room in ("flows", "serving"):
+        raise click.ClickException(
+            f"`apprentice {command}` runs from a checkout of Apprentice: no {room}/ was found here."
+        )
+    extra = "server" if command == "serve" else "embedded,flows"
+    raise click.ClickException(f"`apprentice {command}` needs {error.name}: pip install 'apprentice[{extra}]'")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def cli(verbose: bool) -> None:
+    """Teach a small local model from the frontier model you pay for, and let it take over what it has earned."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+config_option = click.option(
+    "-c",
+    "--config",
+    default="apprentice.yaml",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The configuration.",
+)
+
+
+@cli.command()
+@config_option
+def check(config: Path) -> None:
+    """Check a configuration: its keys, prices and API keys."""
+    from apprentice.config import load_settings
+    from apprentice.remote import check_remote
+
+    settings = load_settings(config)
+    check_remote(settings.remote)
+    tasks = ", ".join(task.name for task in settings.tasks)
+    click.echo(f"{config} is fine: {len(settings.tasks)} tasks ({tasks}), remote {settings.remote.model}.")
+
+
+@cli.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def status(config: Path, as_json: bool) -> None:
+    """Show each task's phase, trust, sampling and money."""
+    from apprentice.status import run_command
+
+    run_command(config, as_json=as_json)
+
+
+@cli.command()
+@config_option
+@click.option("--since", help="First day to count, YYYY-MM-DD.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a picture.")
+def report(config: Path, since: str | None, as_json: bool, as_csv: bool, html: Path | None) -> None:
+    """Show what was spent and saved, by task, provider, model and day."""
+    from apprentice.config import load_settings
+    from apprentice.report import run_command
+
+    run_command(load_settings(config), since=since, as_json=as_json, as_csv=as_csv, html_path=html)
+
+
+@cli.command()
+@click.argument("scenario", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Where the picture goes (PNG).")
+@click.option("--json", "json_out", type=click.Path(dir_okay=False, path_type=Path), help="Where the figures go.")
+@click.option("--seed", default=0, show_default=True, help="Of the simulated traffic.")
+def simulate(scenario: Path, out: Path | None, json_out: Path | None, seed: int) -> None:
+    """Try thresholds against a simulated remote and local model."""
+    from apprentice.simulate import run_command
+
+    run_command(scenario, out, json_out, seed)
+
+
+def main() -> None:
+    """The entry point: errors of ours are one clear message and exit status 1, never a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ApprenticeError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

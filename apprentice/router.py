@@ -1,0 +1,299 @@
+"""The path of a request (DESIGN section 4), written once as a generator of effects.
+
+`Router.path` asks the store for the task's policy, lets `decide` make the plan, carries it out, returns the remote's
+answer whenever there is one and the local model's otherwise, and records what it learned: an example for every remote
+answer, a comparison wherever both answered. It decides nothing itself and does no I/O of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import uuid
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from apprentice.alerts import Alerts
+from apprentice.budget import Budget
+from apprentice.config import Settings, TaskSettings
+from apprentice.decision import Headroom, Plan, Policy, Reason, accepts, decide
+from apprentice.effects import Both, Call, Effect, Outcome, Path
+from apprentice.errors import (
+    ApprenticeError,
+    BudgetExceeded,
+    EngineUnavailable,
+    InputError,
+    OutputError,
+    Problem,
+    RemoteRefused,
+    Unavailable,
+    UnknownTask,
+)
+from apprentice.judge import Judge
+from apprentice.local.engine import LocalAnswer
+from apprentice.local.switch import Switch
+from apprentice.phases import Phase
+from apprentice.remote import RemoteAnswer, Teacher
+from apprentice.schema import Schema, SchemaError
+from apprentice.store import Store
+from apprentice.store.records import ExampleRecord, TaskState
+from apprentice.tally import Tally
+
+__all__ = ["Result", "Router"]
+
+# How old a policy snapshot may be. A promotion by another process is followed within this time.
+SNAPSHOT_S = 1.0
+
+# What the record says of a local answer that stands in for the remote.
+_OUTCOMES = {Reason.BUDGET_EXHAUSTED: "budget", Reason.REMOTE_DOWN: "degraded"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the caller gets: the request's id, under which everything about it is recorded, and the answer."""
+
+    id: str
+    output: dict[str, Any]
+
+
+class Router:
+    """Walks requests along the path. Holds no state that matters: any number may share one store."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        store: Store,
+        budget: Budget,
+        teacher: Teacher,
+        switch: Switch,
+        judge: Judge,
+        tally: Tally,
+        alerts: Alerts,
+        clock: Callable[[], float],
+        draw: random.Random,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._budget = budget
+        self._teacher = teacher
+        self._switch = switch
+        self._judge = judge
+        self._tally = tally
+        self._alerts = alerts
+        self._clock = clock
+        self._draw = draw
+        self._snapshot = Snapshot(store, clock)
+        self._in_force: dict[str, TaskState] = {}
+
+    def path(self, task_name: str, value: Mapping[str, Any]) -> Path[Result]:
+        """The path of one request. Raises what `Apprentice.run` documents."""
+        task = self._task(task_name)
+        checked = self._check(task, value)
+        state = self._policy(task)
+        headroom = Headroom(
+            remote_affordable=self._budget.headroom(task.name),
+            remote_healthy=self._teacher.healthy(),
+            local_healthy=self._switch.healthy(task.name) and self._switch.serving(task.name) == state.champion,
+        )
+        policy = Policy(
+            phase=Phase(state.phase),
+            champion=state.champion,
+            threshold=state.threshold,
+            sampling_rate=state.sampling_rate,
+        )
+        plan = decide(policy, headroom, self._draw.random())
+        request = _Request(uuid.uuid4().hex, task, checked, state, policy, plan, self._clock())
+        if plan.local and plan.remote:
+            remote, local = yield Both(self._ask_remote(request), self._ask_local(request))
+            return self._conclude(request, remote, local)
+        if plan.local:
+            local = yield from _outcome(self._ask_local(request))
+            if local.error is None and not (plan.defer and not accepts(policy, local.value.confidence)):
+                return self._serve(request, local.value, _OUTCOMES.get(plan.reason, "local"))
+            # A deferral, or a local model that failed: the remote answers, if it is to be had.
+            remote = yield from _outcome(self._ask_remote(request))
+            return self._conclude(request, remote, local)
+        # The remote alone. Where the plan has nobody to ask, asking says best what is missing, and spends nothing.
+        remote = yield from _outcome(self._ask_remote(request))
+        return self._conclude(request, remote, None)
+
+    def wait_until_serving(self, task_name: str, timeout_s: float) -> bool:
+        """Follow the task's champion and wait for it to be loaded."""
+        task = self._task(task_name)
+        self._snapshot.forget()
+        champion = self._policy(task).champion
+        return champion is None or self._switch.wait_until_serving(task.name, champion, timeout_s)
+
+    # ---------------------------------------------------------------- before
+
+    def _task(self, name: str) -> TaskSettings:
+        try:
+            return self._settings.task(name)
+        except KeyError:
+            known = ", ".join(task.name for task in self._settings.tasks)
+            problem = Problem("task", f"there is no task {name!r}.", f"Tasks in apprentice.yaml: {known}.")
+            raise UnknownTask(name, [problem]) from None
+
+    @staticmethod
+    def _check(task: TaskSettings, value: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return task.input_schema.check(value)
+        except SchemaError as error:
+            raise InputError(task.name, error.problems) from None
+
+    def _policy(self, task: TaskSettings) -> TaskState:
+        """The task's policy in force.
+
+        After a promotion the store's policy speaks of the new champion while this process may still be loading it.
+        Until it answers, the old version goes on under the policy that was made for it.
+        """
+        state = self._snapshot.of(task.name)
+        self._switch.follow(task.name, state.champion)
+        serving = self._switch.serving(task.name)
+        before = self._in_force.get(task.name)
+        if before is not None and serving != state.champion and serving == before.champion is not None:
+            return before
+        self._in_force[task.name] = state
+        return state
+
+    # ---------------------------------------------------------------- asking
+
+    def _ask_remote(self, request: _Request) -> Path[RemoteAnswer]:
+        """Ask the remote and commit the example: it is paid for before the caller gets it."""
+        answer: RemoteAnswer = yield from self._teacher.ask(request.task, request.value, request.id)
+        example = ExampleRecord(
+            id=request.id,
+            task=request.task.name,
+            input=request.value,
+            output=answer.output,
+            provider=answer.provider,
+            model=answer.model,
+            input_digest=_digest(request.value),
+            created_at=self._clock(),
+        )
+        yield Call(lambda: self._store.complete_remote(example, answer.settlements), quick=self._store.is_local)
+        return answer
+
+    def _ask_local(self, request: _Request) -> Path[LocalAnswer]:
+        deadline_s = self._settings.local.deadline_s
+        answer: LocalAnswer = yield Call(
+            lambda: self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
+        )
+        if answer.version != request.state.champion:
+            raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
+        self._judge.watch(request.task, answer, request.value)
+        return answer
+
+    # ---------------------------------------------------------------- after
+
+    def _conclude(self, request: _Request, remote: Outcome, local: Outcome | None) -> Result:
+        """Settle on the answer when the remote was asked, alone or beside the local model."""
+        if local is not None and local.error is not None:
+            self._tally.add(request.task.name, request.champion, "local_failed", self._age_s(request))
+            self._alerts("local_unavailable", request.task.name, {"cause": str(local.error)})
+        if remote.error is None:
+            if local is not None and local.error is None:
+                self._compare(request, remote.value, local.value)
+            outcome = "deferred" if request.plan.defer and local is not None else request.plan.reason.value
+            self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
+            return Result(request.id, remote.value.output)
+        if not isinstance(remote.error, ApprenticeError):
+            raise remote.error
+        budget = isinstance(remote.error, BudgetExceeded)
+        kind = "budget_exhausted" if budget else "remote_unavailable"
+        self._alerts(kind, request.task.name, {"cause": str(remote.error)}, "critical")
+        if local is not None and local.error is None:
+            return self._serve(request, local.value, "budget" if budget else "degraded")
+        self._tally.add(request.task.name, request.champion, "failed", self._age_s(request))
+        raise _final_error(request.task.name, remote.error, local.error if local else None)
+
+    def _serve(self, request: _Request, answer: LocalAnswer, outcome: str) -> Result:
+        """Return the local model's answer; ``outcome`` is what the record says of it."""
+        if outcome != "local":
+            self._alerts(f"answered_locally_{outcome}", request.task.name, {"request": request.id})
+        self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
+        return Result(request.id, answer.output)
+
+    def _compare(self, request: _Request, remote: RemoteAnswer, local: LocalAnswer) -> None:
+        """Record the comparison and update the task's trust; its own failure must not cost the caller the answer."""
+        served = accepts(request.policy, local.confidence) if request.policy.phase is Phase.SERVE else False
+        try:
+            self._judge.compare(
+                request.task,
+                request_id=request.id,
+                local=local,
+                remote=remote.output,
+                probability=request.plan.probability if served else 1.0,
+                sampling_rate=request.policy.sampling_rate,
+                served=served,
+                at=self._clock(),
+            )
+        except ApprenticeError as error:
+            self._alerts("comparison_failed", request.task.name, {"request": request.id, "cause": str(error)})
+        self._snapshot.forget()
+
+    def _age_s(self, request: _Request) -> float:
+        return self._clock() - request.at
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    id: str
+    task: TaskSettings
+    value: dict[str, Any]
+    state: TaskState
+    policy: Policy
+    plan: Plan
+    at: float
+
+    @property
+    def champion(self) -> str:
+        return self.state.champion or ""
+
+
+class Snapshot:
+    """Every task's state as of at most `SNAPSHOT_S` ago, in one cheap query for all of them."""
+
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._states: dict[str, TaskState] = {}
+        self._read_at = float("-inf")
+
+    def of(self, task: str) -> TaskState:
+        """The task's state, read again where it is too old."""
+        now = self._clock()
+        if not 0 <= now - self._read_at < SNAPSHOT_S:
+            with self._lock:
+                self._states = self._store.policies()
+                self._read_at = now
+        return self._states[task]
+
+    def forget(self) -> None:
+        """Read again at the next question: something has just changed in this process."""
+        self._read_at = float("-inf")
+
+
+def _outcome[T](path: Path[T]) -> Generator[Effect, Any, Outcome]:
+    try:
+        return Outcome(value=(yield from path))
+    except Exception as error:  # noqa: BLE001  # the caller of the path decides what a failure means
+        return Outcome(error=error)
+
+
+def _final_error(task: str, remote: ApprenticeError, local: Exception | None) -> ApprenticeError:
+    """What the caller gets when nobody answered (the table in DESIGN section 4)."""
+    if isinstance(remote, BudgetExceeded):
+        return BudgetExceeded(remote.cap, remote.limit, remote.resets_at, local=local)
+    if isinstance(remote, RemoteRefused | OutputError):
+        return remote
+    causes = f"the remote: {remote}" + (f"; the local model: {local}" if local else "")
+    return Unavailable(f"nobody can answer task {task!r}: {causes}", remote=remote, local=local)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(Schema.dumps(value).encode()).hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""The thin HTTP router: the same path as `AsyncApprentice.run`, behind `POST /v1/tasks/{name}`."""

@@ -1,0 +1,84 @@
+"""The HTTP application. It translates: JSON to `run`, and the library's errors to status codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from apprentice import (
+    ApprenticeError,
+    AsyncApprentice,
+    BudgetExceeded,
+    InputError,
+    OutputError,
+    RemoteError,
+    Unavailable,
+    UnknownTask,
+)
+
+__all__ = ["create_app"]
+
+
+def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
+    """The application over the client that ``open_client`` makes, on the server's event loop, when it starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_client() as apprentice:
+            app.state.apprentice = apprentice
+            yield
+
+    app = FastAPI(title="Apprentice", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+
+    @app.post("/v1/tasks/{name}")
+    async def run(name: str, request: Request) -> JSONResponse:
+        """Answer one input of a task. The body is the input; the answer is `{"id", "output"}`."""
+        try:
+            value = await request.json()
+        except ValueError as error:
+            return _error(400, "InputError", f"the body is not JSON ({error})")
+        if not isinstance(value, dict):
+            return _error(422, "InputError", "the body must be a JSON object, the task's input")
+        result = await request.app.state.apprentice.run(name, value)
+        return JSONResponse({"id": result.id, "output": result.output})
+
+    @app.get("/healthz")
+    async def healthz(request: Request) -> dict[str, Any]:
+        """Say that this process is up, and which phase each task is in."""
+        return {"ok": True, "tasks": {name: s.phase for name, s in request.app.state.apprentice.status().items()}}
+
+    @app.exception_handler(ApprenticeError)
+    async def explain(request: Request, error: ApprenticeError) -> JSONResponse:
+        return _error(*_translate(error))
+
+    return app
+
+
+def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:
+    headers: dict[str, str] = {}
+    match error:
+        case UnknownTask():
+            status = 404
+        case InputError():
+            status = 422
+        case BudgetExceeded():
+            status = 429
+            seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
+            headers["retry-after"] = str(max(1, math.ceil(seconds)))
+        case Unavailable():
+            status = 503
+        case RemoteError() | OutputError():
+            status = 502
+        case _:
+            status = 500
+    return status, type(error).__name__, str(error), headers
+
+
+def _error(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"type": kind, "message": message}}, status, headers)
