@@ -1,0 +1,84 @@
+"""Certifying a mean by betting on it.
+
+``rho >= tau`` holds exactly when X = (1 - tau)(1 - c) - (1 - s) has mean >= 0, and ``disagreement <= epsilon`` when
+X = epsilon - (1 - s) has. X is at least -1. Bet the fraction lambda of the capital on every comparison:
+
+    W = sum over lambda of prior(lambda) * prod (1 + lambda * w_i * X_i)
+
+While the mean is at most 0 each factor has mean at most 1, so W is a test supermartingale, and by Ville's inequality
+it ever reaches 1/delta with probability at most delta, however often it is looked at (Waudby-Smith and Ramdas 2024).
+
+**Weights.** Comparisons are bought with different probabilities: a deferred request always, a served one only when a
+spot check falls on it. A comparison bought with probability p while the sampling rate was r therefore bets
+w_i * X_i with w_i = r / p in [0, 1]: whatever the request is like, it then contributes r * E[X] on average, so the
+supermartingale above holds for the traffic and not for whatever happened to be bought. This beats using only the
+comparisons that the draw would have bought anyway, because log is concave: log(1 + lambda r X) >= r log(1 + lambda X).
+Weighting by 1 / p instead would need lambda <= p and is the same bet written differently.
+
+**Exactness.** For disagreement the statement is exact. For correlation c is measured against recent answers, so it is
+exact for these and asymptotic for the correlation itself; ``benchmarks/trust.py`` simulates it.
+
+**The prior** over lambda is not uniform: what decides how long a good model waits is how quickly the sizes of bet
+that suit it dominate, and a model barely better than its target (which the small sizes suit) waits long anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["LAMBDAS", "PRIOR", "Wager", "excess", "stakes"]
+
+LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+PRIOR = (0.02, 0.03, 0.06, 0.12, 0.18, 0.22, 0.22, 0.15)
+
+# Between these a product of factors loses no digit that matters: 1e-30 is never won back within any stream, and
+# capital beyond 1e12 certifies under every share of delta there is. Throwing capital away keeps a supermartingale one.
+_FLOOR = 1e-30
+_CEILING = 1e12
+
+
+def excess(score: float, chance: float, *, correlation: float, max_disagreement: float | None) -> float:
+    """X, whose mean is at least 0 exactly where the target is met.
+
+    The target is ``max_disagreement`` where one is given, else ``correlation``.
+    """
+    if max_disagreement is not None:
+        return max_disagreement - (1.0 - score)
+    return (1.0 - correlation) * (1.0 - chance) - (1.0 - score)
+
+
+def stakes(x: float, weight: float = 1.0) -> list[float]:
+    """The factors 1 + lambda * weight * x, one for each size of bet."""
+    wx = weight * x
+    return [1.0 + size * wx for size in LAMBDAS]
+
+
+class Wager:
+    """One betting process: the capital behind each size of bet, and the most the whole was ever worth.
+
+    ``peak >= 1 / delta`` rejects "the target is missed" with error at most delta.
+    """
+
+    __slots__ = ("capital", "peak")
+
+    def __init__(self, capital: Sequence[float] = PRIOR, peak: float = 1.0) -> None:
+        self.capital = list(capital)
+        self.peak = peak
+
+    def bet(self, factors: Sequence[float]) -> float:
+        """Multiply by ``stakes(x, w)``; returns the wealth afterwards."""
+        capital = [held * factor for held, factor in zip(self.capital, factors, strict=True)]
+        wealth = sum(capital)
+        if wealth > self.peak:
+            self.peak = wealth
+            if wealth > _CEILING:
+                capital = [held * (_CEILING / wealth) for held in capital]
+        elif min(capital) < _FLOOR:
+            capital = [max(held, _FLOOR) for held in capital]
+        self.capital = capital
+        return wealth
+
+    @property
+    def wealth(self) -> float:
+        """What the capital is worth now; 1.0 at the start."""
+        return sum(self.capital)
