@@ -184,7 +184,7 @@ class Router:
         )
         if answer.version != request.state.champion:
             raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
-        self._judge.watch(request.task, answer, request.value)
+        self._judge.watch(request.task, answer, request.value, served=accepts(request.policy, answer.confidence))
         return answer
 
     # ---------------------------------------------------------------- after
@@ -219,7 +219,7 @@ class Router:
 
     def _compare(self, request: _Request, remote: RemoteAnswer, local: LocalAnswer) -> None:
         """Record the comparison and update the task's trust; its own failure must not cost the caller the answer."""
-        served = accepts(request.policy, local.confidence) if request.policy.phase is Phase.SERVE else False
+        served = accepts(request.policy, local.confidence)
         try:
             self._judge.compare(
                 request.task,
