@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class Alerts:
             self._raised[task, kind] = now
         self.announce(kind, task, evidence, level)
         try:
-            self._store.add_event(EventRecord(task=task, kind=kind, level=level, evidence=evidence, at=now))
+            self._store.add_event(EventRecord(uuid.uuid4().hex, task, kind, level, evidence, now))
         except Exception:  # noqa: BLE001  # see the class's docstring
             _log.exception("the alert %s could not be recorded", kind)
 

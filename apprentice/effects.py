@@ -48,10 +48,9 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Call something that blocks: the store, an engine. ``quick`` ones (a local database) run where they are."""
+    """Call something that blocks: the store, an engine."""
 
     function: Callable[[], Any]
-    quick: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +156,8 @@ async def run_async[T](path: Path[T], client: httpx.AsyncClient, threads: Thread
 
 async def _do_async(effect: Effect, client: httpx.AsyncClient, threads: ThreadPoolExecutor) -> Any:
     match effect:
-        case Call(function, quick):
-            return function() if quick else await asyncio.get_running_loop().run_in_executor(threads, function)
+        case Call(function):
+            return await asyncio.get_running_loop().run_in_executor(threads, function)
         case Send(request, deadline_s):
             return await _send_async(client, request, deadline_s)
         case Sleep(seconds):

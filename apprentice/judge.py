@@ -143,8 +143,8 @@ class Judge:
         if failure is not None:
             raise failure
 
-    def watch(self, task: TaskSettings, answer: LocalAnswer, value: Mapping[str, Any], *, served: bool) -> None:
-        """Show one local answer to the second watch, which sees every answer and needs no remote."""
+    def watch(self, task: TaskSettings, answer: LocalAnswer, value: Mapping[str, Any], *, served: bool) -> bool:
+        """Note one local answer for the second watch, which sees them all; True when it is time to `flush`."""
         observation = LocalObservation(
             confidence=answer.confidence, served=served, input_length=len(Schema.dumps(value))
         )
@@ -154,9 +154,7 @@ class Judge:
                 seen = []  # what the version before did says nothing of this one
             seen.append(observation)
             self._watched[task.name] = (answer.version, seen)
-            full = len(seen) >= _WATCH_BATCH
-        if full:
-            self.flush(task.name)
+            return len(seen) >= _WATCH_BATCH
 
     def flush(self, task: str) -> None:
         """Hand over what the second watch has not seen yet."""

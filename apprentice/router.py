@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import threading
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from apprentice.phases import Phase
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.schema import Schema, SchemaError
 from apprentice.store import Store
-from apprentice.store.records import ExampleRecord, TaskState
+from apprentice.store.records import ExampleRecord, PolicyRow
 from apprentice.tally import Tally
 
 __all__ = ["Result", "Router"]
@@ -46,8 +45,15 @@ __all__ = ["Result", "Router"]
 # How old a policy snapshot may be. A promotion by another process is followed within this time.
 SNAPSHOT_S = 1.0
 
-# What the record says of a local answer that stands in for the remote.
-_OUTCOMES = {Reason.BUDGET_EXHAUSTED: "budget", Reason.REMOTE_DOWN: "degraded"}
+# What the counters say of an answer, by the reason of its plan: of one that the local model gave,
+_LOCAL_OUTCOMES = {Reason.BUDGET_EXHAUSTED: "budget", Reason.REMOTE_DOWN: "degraded"}
+# and of one that the remote gave.
+_REMOTE_OUTCOMES = {
+    Reason.SHADOWING: "shadow",
+    Reason.NOTHING_CERTIFIED: "shadow",
+    Reason.SPOT_CHECK: "spot_check",
+    Reason.TRUSTED: "deferred",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +92,13 @@ class Router:
         self._clock = clock
         self._draw = draw
         self._snapshot = Snapshot(store, clock)
-        self._in_force: dict[str, TaskState] = {}
+        self._in_force: dict[str, PolicyRow] = {}
 
     def path(self, task_name: str, value: Mapping[str, Any]) -> Path[Result]:
         """The path of one request. Raises what `Apprentice.run` documents."""
         task = self._task(task_name)
         checked = self._check(task, value)
-        state = self._policy(task)
+        state = yield from self._policy(task)
         headroom = Headroom(
             remote_affordable=self._budget.headroom(task.name),
             remote_healthy=self._teacher.healthy(),
@@ -108,23 +114,24 @@ class Router:
         request = _Request(uuid.uuid4().hex, task, checked, state, policy, plan, self._clock())
         if plan.local and plan.remote:
             remote, local = yield Both(self._ask_remote(request), self._ask_local(request))
-            return self._conclude(request, remote, local)
+            return (yield from self._conclude(request, remote, local))
         if plan.local:
             local = yield from _outcome(self._ask_local(request))
             if local.error is None and not (plan.defer and not accepts(policy, local.value.confidence)):
-                return self._serve(request, local.value, _OUTCOMES.get(plan.reason, "local"))
+                return self._serve(request, local.value, _LOCAL_OUTCOMES.get(plan.reason, "local"))
             # A deferral, or a local model that failed: the remote answers, if it is to be had.
             remote = yield from _outcome(self._ask_remote(request))
-            return self._conclude(request, remote, local)
+            return (yield from self._conclude(request, remote, local))
         # The remote alone. Where the plan has nobody to ask, asking says best what is missing, and spends nothing.
         remote = yield from _outcome(self._ask_remote(request))
-        return self._conclude(request, remote, None)
+        return (yield from self._conclude(request, remote, None))
 
     def wait_until_serving(self, task_name: str, timeout_s: float) -> bool:
-        """Follow the task's champion and wait for it to be loaded."""
+        """Follow the task's champion and wait for it to be loaded; True at once where there is none."""
         task = self._task(task_name)
-        self._snapshot.forget()
-        champion = self._policy(task).champion
+        self._snapshot.read()
+        champion = self._snapshot.of(task.name).champion
+        self._switch.follow(task.name, champion)
         return champion is None or self._switch.wait_until_serving(task.name, champion, timeout_s)
 
     # ---------------------------------------------------------------- before
@@ -144,12 +151,14 @@ class Router:
         except SchemaError as error:
             raise InputError(task.name, error.problems) from None
 
-    def _policy(self, task: TaskSettings) -> TaskState:
+    def _policy(self, task: TaskSettings) -> Path[PolicyRow]:
         """The task's policy in force.
 
         After a promotion the store's policy speaks of the new champion while this process may still be loading it.
         Until it answers, the old version goes on under the policy that was made for it.
         """
+        if self._snapshot.is_stale():
+            yield Call(self._snapshot.read)
         state = self._snapshot.of(task.name)
         self._switch.follow(task.name, state.champion)
         serving = self._switch.serving(task.name)
@@ -174,7 +183,7 @@ class Router:
             input_digest=_digest(request.value),
             created_at=self._clock(),
         )
-        yield Call(lambda: self._store.complete_remote(example, answer.settlements), quick=self._store.is_local)
+        yield Call(lambda: self._budget.complete(answer.settlements, example))
         return answer
 
     def _ask_local(self, request: _Request) -> Path[LocalAnswer]:
@@ -184,20 +193,23 @@ class Router:
         )
         if answer.version != request.state.champion:
             raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
-        self._judge.watch(request.task, answer, request.value, served=accepts(request.policy, answer.confidence))
+        served = accepts(request.policy, answer.confidence)
+        if self._judge.watch(request.task, answer, request.value, served=served):
+            yield Call(lambda: self._judge.flush(request.task.name))
         return answer
 
     # ---------------------------------------------------------------- after
 
-    def _conclude(self, request: _Request, remote: Outcome, local: Outcome | None) -> Result:
+    def _conclude(self, request: _Request, remote: Outcome, local: Outcome | None) -> Path[Result]:
         """Settle on the answer when the remote was asked, alone or beside the local model."""
         if local is not None and local.error is not None:
             self._tally.add(request.task.name, request.champion, "local_failed", self._age_s(request))
             self._alerts("local_unavailable", request.task.name, {"cause": str(local.error)})
         if remote.error is None:
+            outcome = "remote"
             if local is not None and local.error is None:
-                self._compare(request, remote.value, local.value)
-            outcome = "deferred" if request.plan.defer and local is not None else request.plan.reason.value
+                yield Call(lambda: self._compare(request, remote.value, local.value))
+                outcome = _REMOTE_OUTCOMES[request.plan.reason]
             self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
             return Result(request.id, remote.value.output)
         if not isinstance(remote.error, ApprenticeError):
@@ -244,7 +256,7 @@ class _Request:
     id: str
     task: TaskSettings
     value: dict[str, Any]
-    state: TaskState
+    state: PolicyRow
     policy: Policy
     plan: Plan
     at: float
@@ -255,26 +267,30 @@ class _Request:
 
 
 class Snapshot:
-    """Every task's state as of at most `SNAPSHOT_S` ago, in one cheap query for all of them."""
+    """Every task's policy as of at most `SNAPSHOT_S` ago, in one cheap query for all of them."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
-        self._lock = threading.Lock()
-        self._states: dict[str, TaskState] = {}
+        self._states: dict[str, PolicyRow] = {}
         self._read_at = float("-inf")
 
-    def of(self, task: str) -> TaskState:
-        """The task's state, read again where it is too old."""
-        now = self._clock()
-        if not 0 <= now - self._read_at < SNAPSHOT_S:
-            with self._lock:
-                self._states = self._store.policies()
-                self._read_at = now
+    def is_stale(self) -> bool:
+        """Whether it should be read again: it is old, was forgotten, or the clock went back."""
+        return not 0 <= self._clock() - self._read_at < SNAPSHOT_S
+
+    def read(self) -> None:
+        """Read it. Concurrent readers do no harm: each brings a snapshot that is new enough."""
+        at = self._clock()
+        self._states = self._store.policies()
+        self._read_at = at
+
+    def of(self, task: str) -> PolicyRow:
+        """The task's policy as last read."""
         return self._states[task]
 
     def forget(self) -> None:
-        """Read again at the next question: something has just changed in this process."""
+        """Something has just changed in this process: the next request reads again."""
         self._read_at = float("-inf")
 
 
