@@ -34,25 +34,25 @@ class _Base:
     """What both clients share: the assembled parts, their life time, and everything that is not I/O."""
 
     def __init__(self, assembly: Assembly) -> None:
-        self._assembly = assembly
+        self.parts = assembly
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="apprentice")
 
     @property
     def settings(self) -> Settings:
         """The configuration in force."""
-        return self._assembly.settings
+        return self.parts.settings
 
     def status(self) -> dict[str, TaskStatus]:
         """Each task's phase, correlation, coverage, sampling rate, spend and savings, by name."""
-        return task_statuses(self._assembly.settings, self._assembly.store, self._assembly.budget)
+        return task_statuses(self.parts.settings, self.parts.store, self.parts.judge)
 
     def wait_until_serving(self, task: str, timeout_s: float = 60.0) -> bool:
         """Wait until the task's champion (if it has one) is loaded and answers; False where that takes longer."""
-        return self._assembly.router.wait_until_serving(task, timeout_s)
+        return self.parts.router.wait_until_serving(task, timeout_s)
 
     def _close(self) -> None:
         self._threads.shutdown(wait=True)
-        self._assembly.close()
+        self.parts.close()
 
 
 def _assemble(
@@ -107,7 +107,7 @@ class Apprentice(_Base):
 
         Raises `InputError` (or `UnknownTask`), `BudgetExceeded`, `Unavailable`, `RemoteRefused` or `OutputError`.
         """
-        return run_sync(self._assembly.router.path(task, input), self._client, self._threads)
+        return run_sync(self.parts.router.path(task, input), self._client, self._threads)
 
     def close(self) -> None:
         """Write what is still in memory and release everything."""
@@ -152,7 +152,7 @@ class AsyncApprentice(_Base):
 
     async def run(self, task: str, input: Mapping[str, Any]) -> Result:  # noqa: A002  # the user's word for it
         """As `Apprentice.run`."""
-        return await run_async(self._assembly.router.path(task, input), self._client, self._threads)
+        return await run_async(self.parts.router.path(task, input), self._client, self._threads)
 
     async def aclose(self) -> None:
         """Write what is still in memory and release everything."""

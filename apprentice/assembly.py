@@ -1,0 +1,121 @@
+"""Putting the parts together: from settings to a router that works."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apprentice.alerts import Alerts
+from apprentice.budget import Budget
+from apprentice.config import Settings
+from apprentice.errors import VersionError
+from apprentice.judge import Judge
+from apprentice.local import build_engine
+from apprentice.local.switch import Switch
+from apprentice.remote import Teacher
+from apprentice.router import Router
+from apprentice.store import Store
+from apprentice.tally import Tally
+
+if TYPE_CHECKING:
+    from apprentice.local.engine import Engine, Version
+
+__all__ = ["Assembly", "assemble", "open_judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Every part of a running Apprentice. `close` releases them in an order in which nothing is lost."""
+
+    settings: Settings
+    store: Store
+    budget: Budget
+    teacher: Teacher
+    engine: Engine
+    switch: Switch
+    judge: Judge
+    tally: Tally
+    alerts: Alerts
+    router: Router
+
+    def close(self) -> None:
+        """Stop following versions, write what is in memory, then let go of engine and store."""
+        self.switch.close()
+        self.judge.close()
+        self.tally.close()
+        self.engine.close()
+        self.store.close()
+
+
+def assemble(
+    settings: Settings,
+    *,
+    engine: Engine | None,
+    environ: Mapping[str, str],
+    clock: Callable[[], float],
+    draw: random.Random,
+) -> Assembly:
+    """Build and join every part. Raises `ConfigError` (keys, prices), `StoreError`, `MissingExtra`."""
+    store = Store.open(settings.store_url, clock=clock)
+    try:
+        store.ensure_tasks(task.name for task in settings.tasks)
+        alerts = Alerts(store, clock, settings.alerts.webhook)
+        caps = {task.name: task.budget for task in settings.tasks}
+        budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner())
+        teacher = Teacher(settings.remote, budget, environ=environ, clock=clock, random=draw)
+        judge = Judge(settings, store, alerts, clock, draw)
+        tally = Tally(store, clock)
+        engine = engine or build_engine(settings.local, settings.root)
+        switch = Switch(engine, _lookup(settings, store), clock=clock, alert=alerts)
+        router = Router(
+            settings,
+            store=store,
+            budget=budget,
+            teacher=teacher,
+            switch=switch,
+            judge=judge,
+            tally=tally,
+            alerts=alerts,
+            clock=clock,
+            draw=draw,
+        )
+    except BaseException:
+        store.close()
+        raise
+    return Assembly(settings, store, budget, teacher, engine, switch, judge, tally, alerts, router)
+
+
+def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:
+    """A judge alone, for those who promote and never route: training flows and the command line."""
+    store.ensure_tasks(task.name for task in settings.tasks)
+    return Judge(settings, store, Alerts(store, clock, settings.alerts.webhook), clock, draw)
+
+
+def _owner() -> str:
+    """Who holds a reservation, so that those of dead processes can be told."""
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
+def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:
+    """How the switch finds a version: its row in the store, as the engine needs it."""
+    from pathlib import Path
+
+    from apprentice.local.engine import Version
+
+    def lookup(task: str, name: str) -> Version:
+        record = store.version(task, name)
+        if record is None:
+            raise VersionError(f"the store holds no version {name!r} of task {task!r}; was it deleted?")
+        return Version(
+            name=record.name,
+            task=task,
+            adapter=Path(record.adapter) if record.adapter else None,
+            output_schema=settings.task(task).output_schema,
+            remote_model=record.remote_model,
+        )
+
+    return lookup
