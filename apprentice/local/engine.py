@@ -1,7 +1,7 @@
 """The seam between Apprentice and whatever runs the local model.
 
-An engine holds one base model and any number of versions (adapters) of it, and answers for a version by name. A version's
-name is the content hash of its adapter folder, so the same name is the same weights everywhere and forever.
+An engine holds one base model and any number of versions (adapters) of it, and answers for a version by name. A
+version's name is the content hash of its adapter folder, so the same name is the same weights everywhere and forever.
 """
 
 from __future__ import annotations
