@@ -110,6 +110,7 @@ class Caps(_Section):
     daily: Money | None = Field(None, description="per calendar day")
     weekly: Money | None = Field(None, description="per calendar week")
     monthly: Money | None = Field(None, description="per calendar month")
+    total: Money | None = Field(None, description="ever; it never resets")
 
 
 class BudgetSettings(Caps):
@@ -123,10 +124,10 @@ class BudgetSettings(Caps):
 class TaskSettings(_Section):
     """A named, schema'd kind of request."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,62}$", description="lower case, digits, underscores")
     description: str = Field(min_length=1, description="tells the remote what to do; the local model learns it")
-    input_schema: TaskSchema
-    output_schema: TaskSchema
+    input_schema: TaskSchema = Field(description="what a request holds")
+    output_schema: TaskSchema = Field(description="what an answer holds")
     instructions: str = Field("", description="more for the remote: rules, definitions, examples")
     evaluator: Literal["exact_match", "structured_match", "semantic_similarity", "custom"] = "structured_match"
     match_fields: tuple[str, ...] = Field((), description="fields that structured_match compares; all when empty")

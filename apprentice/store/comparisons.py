@@ -1,0 +1,76 @@
+"""Requests answered by both models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import bindparam, insert, select
+
+from apprentice.store.database import Transaction
+from apprentice.store.examples import dumps
+from apprentice.store.records import ComparisonRecord
+from apprentice.store.tables import comparisons
+
+__all__ = ["add", "newest", "recent_disagreements"]
+
+_insert = insert(comparisons)
+_columns = [c for c in comparisons.columns if c.name != "seq"]
+_names = [c.name for c in (*_columns, comparisons.c.seq)]
+_newest = (
+    select(*_columns, comparisons.c.seq)
+    .where(comparisons.c.task == bindparam("b_task"))
+    .order_by(comparisons.c.seq.desc())
+    .limit(bindparam("b_limit"))
+)
+_newest_of_version = _newest.where(comparisons.c.version == bindparam("b_version"))
+_disagreements = (
+    select(comparisons.c.request_id)
+    .where(comparisons.c.task == bindparam("b_task"), comparisons.c.score < 1)
+    .order_by(comparisons.c.seq.desc())
+    .limit(bindparam("b_limit"))
+)
+
+
+def add(tx: Transaction, records: Iterable[ComparisonRecord]) -> None:
+    for r in records:
+        row = {
+            "id": r.id,
+            "task": r.task,
+            "request_id": r.request_id,
+            "version": r.version,
+            "score": r.score,
+            "parts": dumps(r.parts),
+            "confidence": r.confidence,
+            "local": dumps(r.local),
+            "remote": dumps(r.remote),
+            "probability": r.probability,
+            "sampling_rate": r.sampling_rate,
+            "served": int(r.served),
+            "seeded": int(r.seeded),
+            "created_at": r.created_at,
+        }
+        tx.run(_insert, row)
+
+
+def newest(tx: Transaction, task: str, version: str | None, limit: int) -> list[ComparisonRecord]:
+    values = {"b_task": task, "b_limit": limit}
+    if version is None:
+        rows = tx.run(_newest, values).fetchall()
+    else:
+        rows = tx.run(_newest_of_version, {**values, "b_version": version}).fetchall()
+    return [_record(row) for row in rows]
+
+
+def _record(row: tuple[Any, ...]) -> ComparisonRecord:
+    values = dict(zip(_names, row, strict=True))
+    for name in ("parts", "local", "remote"):
+        values[name] = json.loads(values[name])
+    for name in ("served", "seeded"):
+        values[name] = bool(values[name])
+    return ComparisonRecord(**values)
+
+
+def recent_disagreements(tx: Transaction, task: str, limit: int) -> list[str]:
+    return [r[0] for r in tx.run(_disagreements, {"b_task": task, "b_limit": limit}).fetchall()]

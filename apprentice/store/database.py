@@ -1,0 +1,368 @@
+"""Connections and transactions, on SQLite and PostgreSQL.
+
+Statements are written in SQLAlchemy Core, compiled once per dialect, and run on the driver itself: Core's own execution
+of a compiled statement costs several times what SQLite takes to carry it out, and every request of every user would
+pay for it (`benchmarks/ledger.py` prints both). The tables hold nothing that would need SQLAlchemy's type processors.
+
+Durability, SQLite. In WAL mode a commit with synchronous=NORMAL is safe against the death of the process, at once, and
+may be lost when the machine loses power; with FULL it is on the disk. What has been paid for (`durable=True`) is
+committed with FULL. A reservation is not: if the power fails, the calls that it guarded fail with it.
+A FULL commit syncs the log up to its end, earlier NORMAL commits included. PostgreSQL draws the same line with
+synchronous_commit.
+
+SQLite has one writer at a time. Threads of this process queue for it on a lock, which is fair and wakes at once; other
+processes are waited for by busy_timeout, which polls.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.sql import ClauseElement, Executable
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.dml import Insert
+
+from apprentice.errors import MissingExtra, StoreError
+
+__all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database"]
+
+_BUSY_TIMEOUT_S = 60.0
+
+
+class Cursor(Protocol):
+    """The part of the DB-API that both drivers share and the store uses."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+
+
+class Transaction:
+    """A running transaction: `run` executes Core statements, compiled at most once per database."""
+
+    __slots__ = ("_compiled", "_connection", "dialect_name")
+
+    def __init__(self, connection: Any, compiled: _Compiler, dialect_name: str) -> None:
+        self._connection = connection
+        self._compiled = compiled
+        self.dialect_name = dialect_name
+
+    def run(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Cursor:
+        """Execute ``statement`` with its bound parameters by name. Insert statements take one value per column."""
+        sql, fixed = self._compiled(statement)
+        if fixed:
+            values = {**fixed, **(values or {})}
+        return cast(Cursor, self._connection.execute(sql, values or {}))
+
+    def run_many(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Execute ``statement`` once for each row."""
+        for row in rows:
+            self.run(statement, row)
+
+    def run_text(self, sql: str) -> Cursor:
+        """Execute SQL that one dialect needs and Core does not spell."""
+        return cast(Cursor, self._connection.execute(sql))
+
+
+class _Compiler:
+    """Statement -> (SQL, fixed parameters), remembered. Statements are module constants: the memory is bounded."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._known: dict[Executable, tuple[str, dict[str, Any]]] = {}
+
+    def __call__(self, statement: Executable) -> tuple[str, dict[str, Any]]:
+        found = self._known.get(statement)
+        if found is None:
+            keys = None
+            if isinstance(statement, Insert):
+                keys = [column.name for column in statement.table.columns if column.name != "seq"]
+            compiled = cast(
+                SQLCompiler, cast(ClauseElement, statement).compile(dialect=self._dialect, column_keys=keys)
+            )
+            fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
+            found = self._known[statement] = (str(compiled), fixed)
+        return found
+
+
+class Database(Protocol):
+    """Short transactions on one URL. Safe to use from many threads."""
+
+    url: URL
+
+    @property
+    def dialect_name(self) -> str: ...
+
+    def write(self, *, durable: bool = False) -> Any:
+        """A context manager giving a `Transaction` that no other writer of the same rows can interleave with."""
+
+    def read(self) -> Any:
+        """A context manager giving a `Transaction` for one statement that reads."""
+
+    def driver_connection(self) -> Any:
+        """A context manager giving a driver connection in autocommit, for migrations."""
+
+    def close(self) -> None: ...
+
+
+def open_database(url: str) -> Database:
+    """The database behind a URL: ``sqlite:///file.db``, ``sqlite://`` (memory) or ``postgresql://...``."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise StoreError("store: is no database URL; write sqlite:///apprentice.db or postgresql://...") from None
+    match parsed.get_backend_name():
+        case "sqlite":
+            return SqliteDatabase(parsed)
+        case "postgresql":
+            return PostgresDatabase(parsed)
+        case other:
+            raise StoreError(f"store: {other!r} is not supported; write sqlite:///apprentice.db or postgresql://...")
+
+
+class SqliteDatabase:
+    """One file in WAL mode, or memory."""
+
+    dialect_name = "sqlite"
+
+    def __init__(self, url: URL) -> None:
+        from sqlalchemy.dialects.sqlite import pysqlite
+
+        self.url = url
+        self._path = url.database or ":memory:"
+        self._in_memory = self._path == ":memory:"
+        self._compiler = _Compiler(pysqlite.dialect(paramstyle="named"))
+        self._closed = False
+        self._begin_anew()
+        if not self._in_memory:
+            Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+        with self.read():
+            pass  # a path that cannot be opened is reported now
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._writing = threading.RLock() if self._in_memory else threading.Lock()
+        self._writers: dict[bool, sqlite3.Connection] = {}
+        self._readers: list[sqlite3.Connection] = []
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise StoreError("the store is closed")
+        if self._pid != os.getpid():
+            self._begin_anew()  # after a fork: SQLite connections and held locks must not cross it
+
+    @contextmanager
+    def write(self, *, durable: bool = False) -> Iterator[Transaction]:
+        self._check_alive()
+        with self._writing:
+            try:
+                connection = self._writer(durable)
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield Transaction(connection, self._compiler, "sqlite")
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        self._check_alive()
+        if self._in_memory:
+            with self._writing:
+                try:
+                    yield Transaction(self._writer(False), self._compiler, "sqlite")
+                except sqlite3.Error as error:
+                    raise self._explained(error) from error
+            return
+        try:
+            connection = self._readers.pop() if self._readers else self._connect("NORMAL")
+        except IndexError:  # another thread took the last one
+            connection = self._connect("NORMAL")
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
+        try:
+            yield Transaction(connection, self._compiler, "sqlite")
+        except sqlite3.Error as error:
+            connection.close()
+            raise self._explained(error) from error
+        except BaseException:
+            connection.close()
+            raise
+        if self._closed:
+            connection.close()
+        else:
+            self._readers.append(connection)
+
+    def _writer(self, durable: bool) -> sqlite3.Connection:
+        durable = durable and not self._in_memory
+        connection = self._writers.get(durable)
+        if connection is None:
+            connection = self._writers[durable] = self._connect("FULL" if durable else "NORMAL")
+        return connection
+
+    def _connect(self, synchronous: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(f"PRAGMA synchronous={synchronous}")
+            # The log is written back every 1000 pages (SQLite's default) and, after a burst, cut down to 16 MiB.
+            connection.execute("PRAGMA journal_size_limit=16777216")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def driver_connection(self) -> Iterator[Any]:
+        if self._in_memory:
+            yield self._writer(False)
+            return
+        connection = self._connect("FULL")
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def _explained(self, error: sqlite3.Error) -> StoreError:
+        text = str(error)
+        remedy = "check that the folder exists, is writable and has room"
+        if "locked" in text or "busy" in text:
+            remedy = (
+                f"another process has held the write lock for {_BUSY_TIMEOUT_S:g} s; for many machines use PostgreSQL"
+            )
+        elif isinstance(error, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
+            remedy = "the file is damaged or is no SQLite database; restore a copy, or name another file"
+        return StoreError(f"store {self._path}: {text}; {remedy}")
+
+    def close(self) -> None:
+        self._closed = True
+        with self._writing:
+            for connection in (*self._writers.values(), *self._readers):
+                connection.close()
+            self._writers.clear()
+            self._readers.clear()
+
+
+class PostgresDatabase:
+    """A PostgreSQL server, through psycopg 3 and a small pool that grows to the number of threads at work."""
+
+    dialect_name = "postgresql"
+
+    def __init__(self, url: URL) -> None:
+        try:
+            import psycopg
+        except ImportError:
+            raise MissingExtra("a PostgreSQL store", "postgres") from None
+        from sqlalchemy.dialects.postgresql import psycopg as core
+
+        self._psycopg = psycopg
+        self.url = url.set(drivername="postgresql+psycopg")
+        self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._compiler = _Compiler(core.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy left it untyped
+        self._closed = False
+        self._pid = os.getpid()
+        self._idle: list[Any] = []
+        with self.read():
+            pass  # a server that cannot be reached is reported now
+
+    @contextmanager
+    def write(self, *, durable: bool = False) -> Iterator[Transaction]:
+        connection = self._begin("BEGIN")
+        try:
+            if not durable:
+                connection.execute("SET LOCAL synchronous_commit = off")
+            yield Transaction(connection, self._compiler, "postgresql")
+            connection.execute("COMMIT")
+        except self._psycopg.Error as error:
+            self._give_up(connection)
+            raise self._explained(error) from error
+        except BaseException:
+            self._give_up(connection)
+            raise
+        self._give_back(connection)
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        connection = self._begin("BEGIN READ ONLY")
+        try:
+            yield Transaction(connection, self._compiler, "postgresql")
+            connection.execute("COMMIT")
+        except self._psycopg.Error as error:
+            self._give_up(connection)
+            raise self._explained(error) from error
+        except BaseException:
+            self._give_up(connection)
+            raise
+        self._give_back(connection)
+
+    def _begin(self, how: str) -> Any:
+        """A connection in a transaction. An idle one that the server has dropped is replaced."""
+        if self._closed:
+            raise StoreError("the store is closed")
+        if self._pid != os.getpid():
+            self._pid, self._idle = os.getpid(), []  # after a fork the parent's sockets are the parent's
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
+            try:
+                connection.execute(how)
+            except self._psycopg.Error:
+                connection.close()
+            else:
+                return connection
+        try:
+            connection = self._psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=2)
+            connection.execute(how)
+        except self._psycopg.Error as error:
+            raise self._explained(error) from error
+        return connection
+
+    @contextmanager
+    def driver_connection(self) -> Iterator[Any]:
+        with self._psycopg.connect(self._conninfo, autocommit=True) as connection:
+            yield connection
+
+    def _give_back(self, connection: Any) -> None:
+        if self._closed:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    def _give_up(self, connection: Any) -> None:
+        try:
+            connection.execute("ROLLBACK")
+        except self._psycopg.Error:
+            connection.close()
+        else:
+            self._give_back(connection)
+
+    def _explained(self, error: Exception) -> StoreError:
+        text = str(error).strip().replace(self.url.password or "\0", "***")
+        return StoreError(f"store {self.url.render_as_string(hide_password=True)}: {text}")
+
+    def close(self) -> None:
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()

@@ -1,0 +1,62 @@
+"""What the remote taught, in the order in which it became visible."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+from sqlalchemy import bindparam, func, insert, select
+
+from apprentice.store.database import Transaction
+from apprentice.store.records import ExampleRecord
+from apprentice.store.tables import examples
+
+__all__ = ["add", "count", "page"]
+
+_insert = insert(examples).returning(examples.c.seq)
+_columns = [c for c in examples.columns if c.name != "seq"]
+_page = (
+    select(*_columns, examples.c.seq)
+    .where(examples.c.task == bindparam("b_task"), examples.c.seq > bindparam("b_after"))
+    .order_by(examples.c.seq)
+    .limit(bindparam("b_limit"))
+)
+_count = select(func.count()).where(examples.c.task == bindparam("b_task"), examples.c.seq > bindparam("b_after"))
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON that any database can hold."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON allows and UTF-8 does not
+            return json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def add(tx: Transaction, example: ExampleRecord) -> int:
+    if tx.dialect_name == "postgresql":
+        # A sequence hands out numbers before transactions commit; without this a reader that has seen 6 could miss 5.
+        tx.run_text(f"SELECT pg_advisory_xact_lock(7233, {zlib.crc32(example.task.encode()) - 2**31})")
+    row = {
+        "id": example.id,
+        "task": example.task,
+        "input": dumps(example.input),
+        "output": dumps(example.output),
+        "provider": example.provider,
+        "model": example.model,
+        "input_digest": example.input_digest,
+        "created_at": example.created_at,
+    }
+    return int(tx.run(_insert, row).fetchone()[0])
+
+
+def page(tx: Transaction, task: str, after: int, limit: int) -> list[ExampleRecord]:
+    rows = tx.run(_page, {"b_task": task, "b_after": after, "b_limit": limit}).fetchall()
+    return [ExampleRecord(r[0], r[1], json.loads(r[2]), json.loads(r[3]), *r[4:]) for r in rows]
+
+
+def count(tx: Transaction, task: str, after: int) -> int:
+    return int(tx.run(_count, {"b_task": task, "b_after": after}).fetchone()[0])

@@ -1,0 +1,229 @@
+"""The ledger's atomic statements: reserve, settle, sum up. Which windows and caps is `apprentice.budget`'s affair.
+
+Invariant: in every cap window ``spent <= committed``, and no reservation lifts ``committed`` above the cap. A call
+holds its worst case in ``committed`` from before it is sent until its end is recorded; if nobody lives to record it, it
+is held forever, which is what "a reservation whose owner died counts as spent" means. There is no sweeper to err.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from decimal import ROUND_HALF_EVEN, ROUND_UP, Decimal
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Update, and_, bindparam, case, func, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from apprentice.store.database import Transaction
+from apprentice.store.records import CapWindow, Reservation, Settlement, SpendRow, Usage, WindowState
+from apprentice.store.tables import calls, cap_windows
+
+__all__ = ["end_calls", "open_windows", "reserve", "spend", "to_nano", "window_states"]
+
+_NANO = Decimal(1_000_000_000)
+# A call that has been in flight for longer than any deadline has no owner any more.
+_ABANDONED_S = 3600.0
+
+_insert_call = insert(calls).returning(calls.c.seq)
+# Known to both dialects' compilers, which spell ON CONFLICT alike.
+_open_window = upsert(cap_windows).on_conflict_do_nothing(index_elements=["key"])
+_lock_all = select(cap_windows.c.key).order_by(cap_windows.c.key).with_for_update()
+
+_end_call = (
+    update(calls)
+    .where(calls.c.seq == bindparam("b_seq"), calls.c.state == "reserved")
+    .values(
+        state=bindparam("b_state"),
+        cost=bindparam("b_cost"),
+        input_tokens=bindparam("b_input"),
+        output_tokens=bindparam("b_output"),
+        cached_tokens=bindparam("b_cached"),
+        cache_write_tokens=bindparam("b_cache_write"),
+        reasoning_tokens=bindparam("b_reasoning"),
+        ended_at=bindparam("b_at"),
+    )
+)
+
+_held = case((calls.c.state == "reserved", calls.c.worst_case), else_=calls.c.cost)
+_state = case(
+    (and_(calls.c.state == "reserved", calls.c.created_at < bindparam("b_abandoned")), "lost"), else_=calls.c.state
+)
+_spend = (
+    select(
+        calls.c.task,
+        calls.c.day,
+        calls.c.provider,
+        calls.c.model,
+        _state.label("ended"),
+        func.count(),
+        func.sum(_held),
+        func.sum(calls.c.input_tokens),
+        func.sum(calls.c.output_tokens),
+        func.sum(calls.c.cached_tokens),
+        func.sum(calls.c.cache_write_tokens),
+        func.sum(calls.c.reasoning_tokens),
+    )
+    .where(calls.c.created_at >= bindparam("b_since"))
+    .group_by(calls.c.task, calls.c.day, calls.c.provider, calls.c.model, _state)
+    .order_by(calls.c.day, calls.c.task, calls.c.provider, calls.c.model)
+)
+
+
+def to_nano(amount: Decimal, *, up: bool = False) -> int:
+    """Whole nano-dollars; ``up`` rounds away from zero, for what is held."""
+    return int((amount * _NANO).to_integral_value(ROUND_UP if up else ROUND_HALF_EVEN))
+
+
+def from_nano(nano: int) -> Decimal:
+    return Decimal(int(nano)) / _NANO
+
+
+@lru_cache(maxsize=32)
+def _reserve_in(n: int) -> Update:
+    """Hold an amount in ``n`` windows, in each only where it still fits under that window's cap."""
+    fits = [
+        and_(
+            cap_windows.c.key == bindparam(f"b_key{i}"),
+            cap_windows.c.committed <= bindparam(f"b_cap{i}") - bindparam("b_amount"),
+        )
+        for i in range(n)
+    ]
+    return update(cap_windows).where(or_(*fits)).values(committed=cap_windows.c.committed + bindparam("b_amount"))
+
+
+@lru_cache(maxsize=32)
+def _end_in(n: int) -> Update:
+    """Turn what a call held in ``n`` windows into what it cost."""
+    return (
+        update(cap_windows)
+        .where(cap_windows.c.key.in_([bindparam(f"b_key{i}") for i in range(n)]))
+        .values(
+            committed=cap_windows.c.committed + bindparam("b_change"),
+            spent=cap_windows.c.spent + bindparam("b_cost"),
+        )
+        .returning(cap_windows.c.key, cap_windows.c.spent, cap_windows.c.committed)
+    )
+
+
+@lru_cache(maxsize=32)
+def _locked(n: int) -> Any:
+    return _lock_all.where(cap_windows.c.key.in_([bindparam(f"b_key{i}") for i in range(n)]))
+
+
+def _lock(tx: Transaction, keys: Sequence[str]) -> None:
+    """On PostgreSQL, take the rows' locks in the order of their keys: transactions that do so cannot deadlock."""
+    if tx.dialect_name == "postgresql" and len(keys) > 1:
+        tx.run(_locked(len(keys)), {f"b_key{i}": key for i, key in enumerate(keys)})
+
+
+def open_windows(tx: Transaction, windows: Iterable[CapWindow]) -> None:
+    """Make sure that the windows' rows are there."""
+    for w in sorted(windows, key=lambda w: w.key):
+        row = {"key": w.key, "scope": w.scope, "period": w.period, "start": w.start, "spent": 0, "committed": 0}
+        tx.run(_open_window, row)
+
+
+def reserve(
+    tx: Transaction,
+    *,
+    task: str,
+    provider: str,
+    model: str,
+    request_id: str,
+    owner: str,
+    day: str,
+    worst_case: Decimal,
+    windows: Sequence[CapWindow],
+    at: float,
+) -> Reservation | None:
+    """Hold ``worst_case`` in all windows, or in none and return None. The caller rolls back on None."""
+    amount = to_nano(worst_case, up=True)
+    if windows:
+        _lock(tx, [w.key for w in windows])
+        values: dict[str, Any] = {"b_amount": amount}
+        for i, w in enumerate(windows):
+            values[f"b_key{i}"] = w.key
+            values[f"b_cap{i}"] = to_nano(w.cap)
+        if tx.run(_reserve_in(len(windows)), values).rowcount != len(windows):
+            return None
+    row = {
+        "task": task,
+        "provider": provider,
+        "model": model,
+        "request_id": request_id,
+        "owner": owner,
+        "day": day,
+        "state": "reserved",
+        "worst_case": amount,
+        "cost": 0,
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "cached_tokens": 0,
+        "cache_write_tokens": 0,
+        "reasoning_tokens": 0,
+        "created_at": at,
+        "ended_at": None,
+    }
+    seq = tx.run(_insert_call, row).fetchone()[0]
+    return Reservation(seq, task, provider, model, request_id, from_nano(amount), tuple(windows), at)
+
+
+def end_calls(tx: Transaction, settlements: Sequence[Settlement], at: float) -> list[list[WindowState]]:
+    """Record how calls ended. A call ends once: ending it again changes nothing.
+
+    Returns, for each settlement, its windows as they are after it (empty where it had ended before).
+    """
+    _lock(tx, sorted({w.key for s in settlements for w in s.reservation.windows}))
+    after: list[list[WindowState]] = []
+    for s in settlements:
+        held = to_nano(s.reservation.worst_case)
+        cost = held if s.state == "lost" else to_nano(s.cost)
+        u = s.usage
+        ended = tx.run(
+            _end_call,
+            {
+                "b_seq": s.reservation.id,
+                "b_state": s.state,
+                "b_cost": cost,
+                "b_input": u.input,
+                "b_output": u.output,
+                "b_cached": u.cached,
+                "b_cache_write": u.cache_write,
+                "b_reasoning": u.reasoning,
+                "b_at": at,
+            },
+        )
+        windows = s.reservation.windows
+        if not windows or ended.rowcount != 1:
+            after.append([])
+            continue
+        values: dict[str, Any] = {f"b_key{i}": w.key for i, w in enumerate(windows)}
+        values["b_change"] = cost - held
+        values["b_cost"] = cost
+        rows = tx.run(_end_in(len(windows)), values).fetchall()
+        after.append([WindowState(key, from_nano(spent), from_nano(committed)) for key, spent, committed in rows])
+    return after
+
+
+def window_states(tx: Transaction, keys: Sequence[str]) -> dict[str, WindowState]:
+    """The windows that exist among ``keys``."""
+    if not keys:
+        return {}
+    rows = tx.run(_states(len(keys)), {f"b_key{i}": key for i, key in enumerate(keys)}).fetchall()
+    return {key: WindowState(key, from_nano(spent), from_nano(committed)) for key, spent, committed in rows}
+
+
+@lru_cache(maxsize=64)
+def _states(n: int) -> Any:
+    wanted = cap_windows.c.key.in_([bindparam(f"b_key{i}") for i in range(n)])
+    return select(cap_windows.c.key, cap_windows.c.spent, cap_windows.c.committed).where(wanted)
+
+
+def spend(tx: Transaction, *, since: float, now: float) -> list[SpendRow]:
+    """All calls since a moment, summed up by task, day, provider, model and the state they ended in."""
+    rows = tx.run(_spend, {"b_since": since, "b_abandoned": now - _ABANDONED_S}).fetchall()
+    return [
+        SpendRow(task, day, provider, model, state, n, from_nano(cost), Usage(*(int(t) for t in tokens)))
+        for task, day, provider, model, state, n, cost, *tokens in rows
+    ]

@@ -1,0 +1,232 @@
+"""How a store came to have its shape: one small function per step, run in order when it is opened.
+
+Each takes Alembic's `Operations`, so that it reads the same on SQLite and PostgreSQL. A step that has shipped is never
+changed, which is why it spells out its columns instead of asking `tables`; a new one is appended, and a test compares
+the outcome with `tables`. All missing steps run in one transaction under a lock: of many processes that open a new
+store together, one migrates and the rest find it done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sqlalchemy import BigInteger, Column, Float, Integer, Text, create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from apprentice.errors import StoreError
+from apprentice.store.database import Database
+
+if TYPE_CHECKING:
+    from alembic.operations import Operations
+
+__all__ = ["LATEST", "migrate"]
+
+
+def _seq() -> Column[int]:
+    return Column("seq", BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, autoincrement=True)
+
+
+def _texts(*names: str) -> list[Column[str]]:
+    return [Column(name, Text, nullable=False) for name in names]
+
+
+def _wholes(*names: str) -> list[Column[int]]:
+    return [Column(name, BigInteger, nullable=False) for name in names]
+
+
+def _floats(*names: str) -> list[Column[float]]:
+    return [Column(name, Float, nullable=False) for name in names]
+
+
+def create_tasks(op: Operations) -> None:
+    """Where each task stands."""
+    op.create_table(
+        "tasks",
+        Column("task", Text, primary_key=True),
+        Column("phase", Integer, nullable=False),
+        Column("champion", Text),
+        Column("threshold", Float),
+        *_floats("sampling_rate"),
+        *_texts("trust"),
+        *_wholes("revision"),
+        Column("training_due", Text),
+        *_floats("updated_at"),
+    )
+
+
+def create_examples(op: Operations) -> None:
+    """What the remote taught."""
+    columns = _texts("id", "task", "input", "output", "provider", "model", "input_digest")
+    op.create_table("examples", _seq(), *columns, *_floats("created_at"))
+    op.create_index("examples_task", "examples", ["task", "seq"])
+
+
+def create_comparisons(op: Operations) -> None:
+    """Requests answered by both."""
+    op.create_table(
+        "comparisons",
+        _seq(),
+        *_texts("id", "task", "request_id", "version"),
+        Column("score", Float),
+        *_texts("parts"),
+        *_floats("confidence"),
+        *_texts("local", "remote"),
+        *_floats("probability", "sampling_rate"),
+        Column("served", Integer, nullable=False),
+        Column("seeded", Integer, nullable=False),
+        *_floats("created_at"),
+    )
+    disagrees = text("score < 1")
+    op.create_index("comparisons_task", "comparisons", ["task", "seq"])
+    op.create_index("comparisons_version", "comparisons", ["task", "version", "seq"])
+    op.create_index(
+        "comparisons_disagreeing",
+        "comparisons",
+        ["task", "seq"],
+        sqlite_where=disagrees,
+        postgresql_where=disagrees,
+    )
+
+
+def create_counts(op: Operations) -> None:
+    """Requests by outcome and day."""
+    keys = [Column(name, Text, primary_key=True) for name in ("task", "day", "version", "outcome")]
+    op.create_table("counts", *keys, *_wholes("n"), *_floats("latency_s"), sqlite_with_rowid=False)
+
+
+def create_training(op: Operations) -> None:
+    """Versions, the runs that made them, and the leases that keep runs apart."""
+    op.create_table(
+        "versions",
+        _seq(),
+        *_texts("name", "task", "status", "adapter", "base_model"),
+        *_wholes("trained_on", "held_out"),
+        *_texts("data_digest"),
+        Column("mlflow_version", Text),
+        *_texts("reason", "record"),
+        *_floats("created_at"),
+        Column("remote_model", Text),
+    )
+    op.create_index("versions_name", "versions", ["task", "name"], unique=True)
+    op.create_table(
+        "runs",
+        _seq(),
+        *_texts("id", "task", "state", "step", "reason"),
+        *_wholes("data_high_water", "corpus_size"),
+        *_texts("data_digest"),
+        Column("version", Text),
+        Column("attempts", Integer, nullable=False),
+        *_texts("error"),
+        *_floats("started_at"),
+        Column("finished_at", Float),
+    )
+    unfinished = text("state = 'running'")
+    op.create_index("runs_id", "runs", ["id"], unique=True)
+    op.create_index("runs_task", "runs", ["task", "seq"])
+    op.create_index("runs_open", "runs", ["task"], unique=True, sqlite_where=unfinished, postgresql_where=unfinished)
+    op.create_table(
+        "leases", Column("name", Text, primary_key=True), *_texts("owner"), *_wholes("token"), *_floats("expires_at")
+    )
+
+
+def create_events(op: Operations) -> None:
+    """What operators are told."""
+    op.create_table(
+        "events",
+        _seq(),
+        *_texts("id"),
+        Column("task", Text),
+        *_texts("kind", "level", "evidence"),
+        *_floats("at"),
+    )
+    op.create_index("events_id", "events", ["id"], unique=True)
+
+
+def create_ledger(op: Operations) -> None:
+    """Caps, and every remote call that was paid for or may have been."""
+    op.create_table(
+        "cap_windows",
+        Column("key", Text, primary_key=True),
+        *_texts("scope", "period", "start"),
+        *_wholes("spent", "committed"),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "calls",
+        _seq(),
+        *_texts("task", "provider", "model", "request_id", "owner", "day", "state"),
+        *_wholes("worst_case", "cost"),
+        *_wholes("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens"),
+        *_floats("created_at"),
+        Column("ended_at", Float),
+    )
+
+
+_STEPS: tuple[Callable[[Operations], None], ...] = (
+    create_tasks,
+    create_examples,
+    create_comparisons,
+    create_counts,
+    create_training,
+    create_events,
+    create_ledger,
+)
+LATEST = len(_STEPS)
+
+# Any number will do, as long as every Apprentice takes the same.
+_ADVISORY_LOCK = 7_233_480_114
+
+
+def migrate(database: Database) -> None:
+    """Bring the store to the latest shape. Raises `StoreError` where a newer Apprentice wrote it."""
+    if _is_current(database):
+        return  # the usual case, without loading Alembic
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext
+
+    with database.driver_connection() as driver:
+        engine = create_engine(
+            f"{database.url.get_backend_name()}{'+psycopg' if database.dialect_name == 'postgresql' else ''}://",
+            creator=lambda: driver,
+            poolclass=StaticPool,
+            isolation_level="AUTOCOMMIT",
+        )
+        try:
+            with engine.connect() as connection:
+                connection.exec_driver_sql("BEGIN" if database.dialect_name == "postgresql" else "BEGIN IMMEDIATE")
+                if database.dialect_name == "postgresql":
+                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
+                connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+                found = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar() or 0
+                _refuse_newer(found)
+                op = Operations(MigrationContext.configure(connection))
+                for step in _STEPS[found:]:
+                    step(op)
+                connection.exec_driver_sql("DELETE FROM schema_version")
+                connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({LATEST})")
+                connection.exec_driver_sql("COMMIT")
+        except SQLAlchemyError as error:
+            cause = getattr(error, "orig", None) or error
+            raise StoreError(f"the store cannot be brought to its latest shape: {cause}") from error
+
+
+def _is_current(database: Database) -> bool:
+    try:
+        with database.read() as tx:
+            row = tx.run_text("SELECT max(version) FROM schema_version").fetchone()
+    except StoreError as error:
+        if "schema_version" in str(error):
+            return False  # a new store: the table is not there yet
+        raise
+    _refuse_newer(row[0] or 0)
+    return bool(row[0] == LATEST)
+
+
+def _refuse_newer(found: int) -> None:
+    if found > LATEST:
+        raise StoreError(
+            f"the store was written by a newer Apprentice (its shape is {found}, this one knows {LATEST}); "
+            "upgrade this installation, or point `store` at another database"
+        )

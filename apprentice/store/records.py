@@ -1,0 +1,287 @@
+"""What the store hands out and takes in: frozen rows, no behaviour.
+
+Times are Unix seconds, money is `Decimal` in USD, JSON columns come as plain data. `seq` numbers grow in the order in
+which rows became visible, so a reader that remembers the last one misses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Literal
+
+__all__ = [
+    "CapWindow",
+    "ComparisonRecord",
+    "Count",
+    "EventRecord",
+    "ExampleRecord",
+    "Lease",
+    "PolicyRow",
+    "Reservation",
+    "RunRecord",
+    "Settlement",
+    "SpendRow",
+    "StateChange",
+    "TaskState",
+    "Usage",
+    "VersionRecord",
+    "WindowState",
+]
+
+type Level = Literal["info", "warning", "critical"]
+type RunState = Literal["running", "completed", "failed", "rejected"]
+type VersionStatus = Literal["candidate", "champion", "rejected", "retired"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRecord:
+    """One validated input with the remote's validated output. ``seq`` is given by the store."""
+
+    id: str
+    task: str
+    input: Mapping[str, Any]
+    output: Mapping[str, Any]
+    provider: str
+    model: str
+    input_digest: str
+    created_at: float
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRecord:
+    """One request answered by both. ``score`` is None where the evaluator failed; ``seq`` is given by the store.
+
+    ``probability`` is that with which the remote was asked, ``seeded`` marks held-out comparisons of a promotion.
+    """
+
+    id: str
+    task: str
+    request_id: str
+    version: str
+    score: float | None
+    parts: Mapping[str, float]
+    confidence: float
+    local: Mapping[str, Any]
+    remote: Mapping[str, Any]
+    probability: float
+    sampling_rate: float
+    served: bool
+    seeded: bool
+    created_at: float
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """Something an operator may want to know. ``task`` is None where it concerns all; ``seq`` is given by the store."""
+
+    id: str
+    task: str | None
+    kind: str
+    level: Level
+    evidence: Mapping[str, Any]
+    at: float
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRow:
+    """What the next request of a task needs to know; see `TaskState`."""
+
+    task: str
+    phase: int
+    champion: str | None
+    threshold: float | None
+    sampling_rate: float
+    revision: int
+    training_due: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """The new values of a task's state, and what is recorded with them. Begin with `TaskState.change`."""
+
+    phase: int
+    champion: str | None
+    threshold: float | None
+    sampling_rate: float
+    trust: str
+    training_due: str | None
+    comparisons: Sequence[ComparisonRecord] = ()
+    events: Sequence[EventRecord] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskState:
+    """Where a task stands. ``trust`` is "" until something was learnt; ``revision`` counts the changes.
+
+    ``training_due`` holds the reason why training is due, or None.
+    """
+
+    task: str
+    phase: int
+    champion: str | None
+    threshold: float | None
+    sampling_rate: float
+    trust: str
+    revision: int
+    training_due: str | None
+    updated_at: float
+
+    def change(
+        self, *, comparisons: Sequence[ComparisonRecord] = (), events: Sequence[EventRecord] = (), **values: Any
+    ) -> StateChange:
+        """A change that keeps everything but ``values``."""
+        kept: dict[str, Any] = {
+            "phase": self.phase,
+            "champion": self.champion,
+            "threshold": self.threshold,
+            "sampling_rate": self.sampling_rate,
+            "trust": self.trust,
+            "training_due": self.training_due,
+        }
+        return StateChange(**{**kept, **values}, comparisons=comparisons, events=events)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """``n`` requests of one outcome on one day. ``day`` is a date such as "2026-03-01"; ``version`` "" for none.
+
+    Outcomes: remote, local, spot_check, shadow, deferred, degraded, failed.
+    """
+
+    task: str
+    day: str
+    version: str
+    outcome: str
+    n: int = 1
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """A trained version of a task's local model. ``name`` is the content hash of its adapter folder."""
+
+    name: str
+    task: str
+    status: VersionStatus
+    adapter: str
+    base_model: str
+    trained_on: int
+    held_out: int
+    data_digest: str
+    mlflow_version: str | None
+    reason: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+    created_at: float = 0.0
+    remote_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A training run. ``data_high_water`` is the last example's ``seq`` that it may have read."""
+
+    id: str
+    task: str
+    state: RunState
+    step: str
+    reason: str
+    data_high_water: int
+    corpus_size: int
+    data_digest: str
+    version: str | None
+    attempts: int
+    error: str
+    started_at: float
+    finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to do something alone until ``expires_at``. ``token`` grows with every owner: a fence."""
+
+    name: str
+    owner: str
+    token: int
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one remote call. ``input`` includes cached and cache-writing tokens, ``output`` includes reasoning."""
+
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input + other.input,
+            self.output + other.output,
+            self.cached + other.cached,
+            self.cache_write + other.cache_write,
+            self.reasoning + other.reasoning,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CapWindow:
+    """One cap in one period: ``key`` names it, ``scope`` is "" or a task; a cap left out has no window."""
+
+    key: str
+    scope: str
+    period: str
+    start: str
+    cap: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The worst-case price of a call, held in every window until the call is settled, released or lost."""
+
+    id: int
+    task: str
+    provider: str
+    model: str
+    request_id: str
+    worst_case: Decimal
+    windows: tuple[CapWindow, ...]
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How a reserved call ended: ``settled`` at its price, ``released`` unbilled, ``lost`` and counted as spent."""
+
+    reservation: Reservation
+    state: Literal["settled", "released", "lost"]
+    cost: Decimal
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class WindowState:
+    """What a cap's window holds: ``spent`` for sure, and ``committed``, which adds the calls in flight."""
+
+    key: str
+    spent: Decimal
+    committed: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class SpendRow:
+    """Calls of one task, day, provider and model, by the state they ended in. ``cost`` counts held money as spent."""
+
+    task: str
+    day: str
+    provider: str
+    model: str
+    state: str
+    calls: int
+    cost: Decimal
+    usage: Usage

@@ -1,0 +1,94 @@
+"""Training runs, and the leases that keep two of them apart."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, fields, replace
+from typing import Any
+
+from sqlalchemy import and_, bindparam, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from apprentice.errors import StoreError
+from apprentice.store.database import Transaction
+from apprentice.store.records import Lease, RunRecord
+from apprentice.store.tables import leases, runs
+
+__all__ = ["acquire", "of_task", "open_run", "release", "renew", "start", "update_run"]
+
+_insert = insert(runs)
+_columns = [c for c in runs.columns if c.name != "seq"]
+_one = select(*_columns).where(runs.c.id == bindparam("b_id")).with_for_update()
+_of_task = select(*_columns).where(runs.c.task == bindparam("b_task")).order_by(runs.c.seq)
+_open = select(*_columns).where(runs.c.task == bindparam("b_task"), runs.c.state == "running")
+_changing = [c.name for c in _columns if c.name not in ("id", "task", "reason", "data_high_water", "started_at")]
+_update = (
+    update(runs).where(runs.c.id == bindparam("b_id")).values({name: bindparam(f"b_{name}") for name in _changing})
+)
+
+
+def start(tx: Transaction, run: RunRecord) -> RunRecord:
+    found = open_run(tx, run.task)
+    if found is not None:
+        raise StoreError(
+            f"task {run.task!r} has an unfinished training run {found.id}; resume it, or end it with update_run"
+        )
+    tx.run(_insert, dict(zip((f.name for f in fields(run)), astuple(run), strict=True)))
+    return run
+
+
+def update_run(tx: Transaction, run_id: str, at: float, changes: dict[str, Any]) -> RunRecord:
+    row = tx.run(_one, {"b_id": run_id}).fetchone()
+    if row is None:
+        raise StoreError(f"the store holds no training run {run_id!r}")
+    run = replace(RunRecord(*row), **changes)
+    if run.state != "running" and run.finished_at is None:
+        run = replace(run, finished_at=at)
+    tx.run(_update, {"b_id": run.id, **{f"b_{name}": getattr(run, name) for name in _changing}})
+    return run
+
+
+def of_task(tx: Transaction, task: str) -> list[RunRecord]:
+    return [RunRecord(*row) for row in tx.run(_of_task, {"b_task": task}).fetchall()]
+
+
+def open_run(tx: Transaction, task: str) -> RunRecord | None:
+    row = tx.run(_open, {"b_task": task}).fetchone()
+    return RunRecord(*row) if row else None
+
+
+# A lease that nobody holds, that ran out, or that is the owner's own. Its token grows whenever it is taken.
+_take = upsert(leases)
+_acquire = _take.on_conflict_do_update(
+    index_elements=["name"],
+    set_={
+        "owner": _take.excluded.owner,
+        "token": leases.c.token + 1,
+        "expires_at": _take.excluded.expires_at,
+    },
+    where=or_(leases.c.expires_at <= bindparam("b_now"), leases.c.owner == _take.excluded.owner),
+).returning(leases.c.token)
+_mine = and_(
+    leases.c.name == bindparam("b_name"),
+    leases.c.owner == bindparam("b_owner"),
+    leases.c.token == bindparam("b_token"),
+)
+_renew = update(leases).where(_mine).values(expires_at=bindparam("b_expires_at"))
+# The row stays, so that the next token is larger.
+_release = update(leases).where(_mine).values(expires_at=0.0)
+
+
+def acquire(tx: Transaction, name: str, owner: str, ttl_s: float, now: float) -> Lease | None:
+    values = {"name": name, "owner": owner, "token": 1, "expires_at": now + ttl_s, "b_now": now}
+    row = tx.run(_acquire, values).fetchone()
+    return Lease(name, owner, int(row[0]), now + ttl_s) if row else None
+
+
+def renew(tx: Transaction, lease: Lease, ttl_s: float, now: float) -> Lease | None:
+    mine = {"b_name": lease.name, "b_owner": lease.owner, "b_token": lease.token}
+    if tx.run(_renew, {**mine, "b_expires_at": now + ttl_s}).rowcount != 1:
+        return None
+    return replace(lease, expires_at=now + ttl_s)
+
+
+def release(tx: Transaction, lease: Lease) -> None:
+    tx.run(_release, {"b_name": lease.name, "b_owner": lease.owner, "b_token": lease.token})

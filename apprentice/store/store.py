@@ -1,0 +1,338 @@
+"""The store: one object per process, whose every method is one short transaction.
+
+Safe to use from many threads and from any number of processes on one URL. What has been paid for is durable when a
+method returns (`complete_remote`, `update_state`, `promote`, versions, runs, events); reservations and counts survive
+the death of every process, though not the loss of power (see `database`).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
+from typing import Any
+
+from apprentice.store import comparisons, counts, events, examples, ledger, runs, states, versions
+from apprentice.store.database import Database, open_database
+from apprentice.store.migrations import migrate
+from apprentice.store.records import (
+    CapWindow,
+    ComparisonRecord,
+    Count,
+    EventRecord,
+    ExampleRecord,
+    Lease,
+    PolicyRow,
+    Reservation,
+    RunRecord,
+    Settlement,
+    SpendRow,
+    StateChange,
+    TaskState,
+    VersionRecord,
+    VersionStatus,
+    WindowState,
+)
+
+__all__ = ["Store"]
+
+
+class _NothingReserved(Exception):
+    """Leaves a transaction so that it is rolled back."""
+
+
+class Store:
+    """Everything the next request or training run needs to know. Raises `StoreError`."""
+
+    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._clock = clock
+
+    @classmethod
+    def open(cls, url: str, *, clock: Callable[[], float] = time.time) -> Store:
+        """Open, and create or migrate, the store at a URL.
+
+        ``clock`` gives Unix seconds. Raises `StoreError` where it cannot be reached or a newer Apprentice wrote it.
+        """
+        database = open_database(url)
+        try:
+            migrate(database)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database, clock)
+
+    def close(self) -> None:
+        """Let go of every connection. Idempotent."""
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({self._database.url.render_as_string(hide_password=True)!r})"
+
+    # state
+
+    def ensure_tasks(self, names: Iterable[str]) -> None:
+        """Make sure that these tasks have a state; a new one is in phase 1."""
+        with self._database.write() as tx:
+            states.ensure(tx, names, self._clock())
+
+    def policies(self) -> dict[str, PolicyRow]:
+        """Every task's policy, in one cheap query."""
+        with self._database.read() as tx:
+            return states.policies(tx)
+
+    def policy_row(self, task: str) -> TaskState:
+        """All that is known of where a task stands."""
+        with self._database.read() as tx:
+            return states.state(tx, task)
+
+    def update_state(self, task: str, change: Callable[[TaskState], StateChange]) -> TaskState:
+        """Read, change and write a task's state in one transaction. ``change`` sees no other writer's half."""
+        with self._database.write(durable=True) as tx:
+            return states.update_state(tx, task, change, self._clock())
+
+    # examples
+
+    def complete_remote(
+        self,
+        *,
+        settlements: Sequence[Settlement],
+        example: ExampleRecord | None = None,
+        counts: Sequence[Count] = (),
+        change: Callable[[TaskState], StateChange] | None = None,
+        task: str | None = None,
+    ) -> tuple[TaskState | None, list[list[WindowState]]]:
+        """Record a remote answer, all of it or nothing, durably: what it cost, the example, the counts.
+
+        With ``change`` the state of ``task`` (default: the example's) changes in the same transaction. Returns the
+        new state (None without ``change``), and for each settlement its cap windows after it.
+        """
+        name = task or (example.task if example else None)
+        with self._database.write(durable=True) as tx:
+            at = self._clock()
+            # One order for everybody (state, windows, example, counts), so that no two of these can deadlock.
+            state = None
+            if change is not None:
+                if name is None:
+                    raise TypeError("complete_remote needs task= to change a state without an example")
+                state = states.update_state(tx, name, change, at)
+            windows = ledger.end_calls(tx, settlements, at)
+            if example is not None:
+                examples.add(tx, example)
+            if counts:
+                _add_counts(tx, counts)
+            return state, windows
+
+    def add_example(self, example: ExampleRecord) -> int:
+        """Record an example that cost nothing (imported, replayed); returns its ``seq``."""
+        with self._database.write(durable=True) as tx:
+            return examples.add(tx, example)
+
+    def examples(self, task: str, *, after: int | None = None, limit: int = 1000) -> Iterator[ExampleRecord]:
+        """Every example of a task in order, from just after the cursor ``after`` (a ``seq``), read page by page.
+
+        ``limit`` is the size of a page: no read transaction lasts longer, whatever the caller does in between.
+        """
+        cursor = after or 0
+        while True:
+            with self._database.read() as tx:
+                page = examples.page(tx, task, cursor, limit)
+            yield from page
+            if len(page) < limit:
+                return
+            cursor = page[-1].seq
+
+    def count_examples(self, task: str, *, after: int | None = None) -> int:
+        """How many examples a task has, after a cursor."""
+        with self._database.read() as tx:
+            return examples.count(tx, task, after or 0)
+
+    # comparisons
+
+    def comparisons(self, task: str, *, version: str | None = None, limit: int = 1000) -> list[ComparisonRecord]:
+        """The newest comparisons first."""
+        with self._database.read() as tx:
+            return comparisons.newest(tx, task, version, limit)
+
+    def recent_disagreements(self, task: str, limit: int) -> list[str]:
+        """The request ids of the newest comparisons that scored below 1, the newest first."""
+        with self._database.read() as tx:
+            return comparisons.recent_disagreements(tx, task, limit)
+
+    # counts
+
+    def add_counts(self, rows: Sequence[Count]) -> None:
+        """Add to the counters; rows of one batch may repeat a counter."""
+        with self._database.write() as tx:
+            counts.add(tx, rows)
+
+    def counts(self, task: str | None = None, since: str | None = None) -> list[Count]:
+        """The counters of a task, or all, from a day ("2026-03-01") on."""
+        with self._database.read() as tx:
+            return counts.counted(tx, task, since)
+
+    # versions
+
+    def add_version(self, version: VersionRecord) -> None:
+        """Record a version; one of the same task and name stays as it is."""
+        with self._database.write(durable=True) as tx:
+            versions.add(tx, version)
+
+    def set_version_status(self, task: str, name: str, status: VersionStatus, reason: str) -> None:
+        """Change a version's status, and say why."""
+        with self._database.write(durable=True) as tx:
+            versions.set_status(tx, task, name, status, reason)
+
+    def versions(self, task: str) -> list[VersionRecord]:
+        """A task's versions, the oldest first."""
+        with self._database.read() as tx:
+            return versions.of_task(tx, task)
+
+    def version(self, task: str, name: str) -> VersionRecord | None:
+        """One version, or None."""
+        with self._database.read() as tx:
+            return versions.one(tx, task, name)
+
+    def promote(self, task: str, name: str, change: Callable[[TaskState], StateChange], reason: str) -> TaskState:
+        """Make a version the champion: retire the old one, change the state, record the event, in one transaction."""
+        at = self._clock()
+        event = EventRecord(uuid.uuid4().hex, task, "promoted", "info", {"version": name, "reason": reason}, at)
+        with self._database.write(durable=True) as tx:
+            return versions.promote(tx, task, name, change, reason, event, at)
+
+    # runs and leases
+
+    def start_run(
+        self, task: str, data_high_water: int, reason: str, *, corpus_size: int = 0, run_id: str | None = None
+    ) -> RunRecord:
+        """Record that a training run begins. Raises `StoreError` while another of the task is unfinished."""
+        run = RunRecord(
+            id=run_id or uuid.uuid4().hex,
+            task=task,
+            state="running",
+            step="",
+            reason=reason,
+            data_high_water=data_high_water,
+            corpus_size=corpus_size,
+            data_digest="",
+            version=None,
+            attempts=1,
+            error="",
+            started_at=self._clock(),
+            finished_at=None,
+        )
+        with self._database.write(durable=True) as tx:
+            return runs.start(tx, run)
+
+    def update_run(self, run_id: str, **changes: Any) -> RunRecord:
+        """Change state, step, corpus_size, data_digest, version, attempts, error or finished_at of a run.
+
+        ``finished_at`` is set by itself when the state leaves "running".
+        """
+        with self._database.write(durable=True) as tx:
+            return runs.update_run(tx, run_id, self._clock(), changes)
+
+    def runs(self, task: str) -> list[RunRecord]:
+        """A task's runs, the oldest first."""
+        with self._database.read() as tx:
+            return runs.of_task(tx, task)
+
+    def open_run(self, task: str) -> RunRecord | None:
+        """The task's unfinished run."""
+        with self._database.read() as tx:
+            return runs.open_run(tx, task)
+
+    def acquire_lease(self, name: str, owner: str, ttl_s: float) -> Lease | None:
+        """Take a lease that is free, expired or one's own already; None while another holds it."""
+        with self._database.write() as tx:
+            return runs.acquire(tx, name, owner, ttl_s, self._clock())
+
+    def renew_lease(self, lease: Lease, ttl_s: float = 60.0) -> Lease | None:
+        """Hold on to a lease; None when it was lost to another owner."""
+        with self._database.write() as tx:
+            return runs.renew(tx, lease, ttl_s, self._clock())
+
+    def release_lease(self, lease: Lease) -> None:
+        """Give a lease back; nothing happens when it was lost already."""
+        with self._database.write() as tx:
+            runs.release(tx, lease)
+
+    # events
+
+    def add_event(self, event: EventRecord) -> None:
+        """Record an event; one whose id is known already is recorded no second time."""
+        with self._database.write(durable=True) as tx:
+            events.add(tx, [event])
+
+    def events(self, task: str | None = None, since_seq: int = 0, limit: int = 1000) -> list[EventRecord]:
+        """Events of a task, or all, after a ``seq``, the oldest first."""
+        with self._database.read() as tx:
+            return events.after(tx, task, since_seq, limit)
+
+    # ledger
+
+    def reserve(
+        self,
+        *,
+        task: str,
+        provider: str,
+        model: str,
+        request_id: str,
+        owner: str,
+        day: str,
+        worst_case: Decimal,
+        windows: Sequence[CapWindow],
+    ) -> Reservation | None:
+        """Hold a call's worst-case price in every window at once; None where it does not fit in one of them.
+
+        The windows must be open (`open_windows`).
+        """
+        try:
+            with self._database.write() as tx:
+                reservation = ledger.reserve(
+                    tx,
+                    task=task,
+                    provider=provider,
+                    model=model,
+                    request_id=request_id,
+                    owner=owner,
+                    day=day,
+                    worst_case=worst_case,
+                    windows=windows,
+                    at=self._clock(),
+                )
+                if reservation is None:
+                    raise _NothingReserved
+                return reservation
+        except _NothingReserved:
+            return None
+
+    def open_windows(self, windows: Sequence[CapWindow]) -> None:
+        """Create the rows of windows that are new."""
+        with self._database.write() as tx:
+            ledger.open_windows(tx, windows)
+
+    def end_calls(self, settlements: Sequence[Settlement]) -> list[list[WindowState]]:
+        """Record how calls ended that brought no answer; see `complete_remote` for those that did."""
+        with self._database.write(durable=True) as tx:
+            return ledger.end_calls(tx, settlements, self._clock())
+
+    def window_states(self, keys: Sequence[str]) -> dict[str, WindowState]:
+        """What is spent and held in these windows; one that does not exist holds nothing and is left out."""
+        with self._database.read() as tx:
+            return ledger.window_states(tx, keys)
+
+    def spend(self, *, since: float = 0.0) -> list[SpendRow]:
+        """Calls since a moment by task, day, provider, model and end; those whose owner died count as lost."""
+        with self._database.read() as tx:
+            return ledger.spend(tx, since=since, now=self._clock())
+
+
+_add_counts = counts.add

@@ -1,0 +1,206 @@
+"""The tables, as SQLAlchemy Core knows them; `migrations` brings them about.
+
+Column types are few on purpose: integers, floats and text pass through both drivers unchanged, so statements can be
+compiled once and run on the driver itself (see `database`). Money is whole nano-dollars.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, Table, Text
+
+__all__ = [
+    "calls",
+    "cap_windows",
+    "comparisons",
+    "counts",
+    "events",
+    "examples",
+    "leases",
+    "metadata",
+    "runs",
+    "tasks",
+    "versions",
+]
+
+metadata = MetaData()
+
+# SQLite's rowid alias must be spelt INTEGER; it holds 64 bits all the same.
+_Seq = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _seq() -> Column[int]:
+    return Column("seq", _Seq, primary_key=True, autoincrement=True)
+
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("phase", Integer, nullable=False),
+    Column("champion", Text),
+    Column("threshold", Float),
+    Column("sampling_rate", Float, nullable=False),
+    Column("trust", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("training_due", Text),
+    Column("updated_at", Float, nullable=False),
+)
+
+examples = Table(
+    "examples",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("input", Text, nullable=False),
+    Column("output", Text, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("input_digest", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+Index("examples_task", examples.c.task, examples.c.seq)
+
+comparisons = Table(
+    "comparisons",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("score", Float),
+    Column("parts", Text, nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("local", Text, nullable=False),
+    Column("remote", Text, nullable=False),
+    Column("probability", Float, nullable=False),
+    Column("sampling_rate", Float, nullable=False),
+    Column("served", Integer, nullable=False),
+    Column("seeded", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+Index("comparisons_task", comparisons.c.task, comparisons.c.seq)
+Index("comparisons_version", comparisons.c.task, comparisons.c.version, comparisons.c.seq)
+_disagrees = comparisons.c.score < 1
+Index(
+    "comparisons_disagreeing",
+    comparisons.c.task,
+    comparisons.c.seq,
+    sqlite_where=_disagrees,
+    postgresql_where=_disagrees,
+)
+
+counts = Table(
+    "counts",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("day", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("outcome", Text, primary_key=True),
+    Column("n", BigInteger, nullable=False),
+    Column("latency_s", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    _seq(),
+    Column("name", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("adapter", Text, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("trained_on", BigInteger, nullable=False),
+    Column("held_out", BigInteger, nullable=False),
+    Column("data_digest", Text, nullable=False),
+    Column("mlflow_version", Text),
+    Column("reason", Text, nullable=False),
+    Column("record", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("remote_model", Text),
+)
+Index("versions_name", versions.c.task, versions.c.name, unique=True)
+
+runs = Table(
+    "runs",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("step", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("data_high_water", BigInteger, nullable=False),
+    Column("corpus_size", BigInteger, nullable=False),
+    Column("data_digest", Text, nullable=False),
+    Column("version", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("finished_at", Float),
+)
+Index("runs_id", runs.c.id, unique=True)
+Index("runs_task", runs.c.task, runs.c.seq)
+# One unfinished run per task: the database itself says so, whatever happens to leases.
+_unfinished = runs.c.state == "running"
+Index("runs_open", runs.c.task, unique=True, sqlite_where=_unfinished, postgresql_where=_unfinished)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False),
+    Column("task", Text),
+    Column("kind", Text, nullable=False),
+    Column("level", Text, nullable=False),
+    Column("evidence", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+Index("events_id", events.c.id, unique=True)
+
+# One row per cap and period. committed = spent + what calls in flight may still cost; never above the cap.
+cap_windows = Table(
+    "cap_windows",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("scope", Text, nullable=False),
+    Column("period", Text, nullable=False),
+    Column("start", Text, nullable=False),
+    Column("spent", BigInteger, nullable=False),
+    Column("committed", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# One row per remote call that was paid for or may have been: the ledger.
+calls = Table(
+    "calls",
+    metadata,
+    _seq(),
+    Column("task", Text, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("day", Text, nullable=False),
+    Column("state", Text, nullable=False),  # reserved, then settled, released or lost
+    Column("worst_case", BigInteger, nullable=False),
+    Column("cost", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("cache_write_tokens", BigInteger, nullable=False),
+    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("ended_at", Float),
+)
