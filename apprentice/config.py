@@ -118,7 +118,7 @@ class BudgetSettings(Caps):
 
     currency: Literal["USD"] = Field("USD", description="vendors bill in USD; other currencies are not converted")
     timezone: Annotated[str, AfterValidator(_a_zone)] = Field("UTC", description="whose midnight starts a day")
-    week_start: Literal["monday", "sunday"] = "monday"
+    week_start: Literal["monday", "sunday"] = Field("monday", description="first day of a week")
 
 
 class TaskSettings(_Section):
@@ -129,9 +129,13 @@ class TaskSettings(_Section):
     input_schema: TaskSchema = Field(description="what a request holds")
     output_schema: TaskSchema = Field(description="what an answer holds")
     instructions: str = Field("", description="more for the remote: rules, definitions, examples")
-    evaluator: Literal["exact_match", "structured_match", "semantic_similarity", "custom"] = "structured_match"
+    evaluator: Literal["exact_match", "structured_match", "semantic_similarity", "custom"] = Field(
+        "structured_match", description="how two answers are compared; docs/trust.md"
+    )
     match_fields: tuple[str, ...] = Field((), description="fields that structured_match compares; all when empty")
-    field_weights: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    field_weights: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="of match_fields in structured_match; 1 each when empty"
+    )
     numeric_tolerance: Annotated[float, Field(ge=0)] = Field(
         0.0, description="absolute, for numbers in structured_match"
     )
@@ -164,24 +168,24 @@ class TaskSettings(_Section):
 class ModelPrice(_Section):
     """What a model costs, in USD per million tokens; wins over the price list."""
 
-    input: Money
-    output: Money
-    cached_input: Money | None = None
+    input: Money = Field(description="for a million input tokens")
+    output: Money = Field(description="for a million output tokens")
+    cached_input: Money | None = Field(None, description="for a million cached input tokens; as input when left out")
 
 
 class ProviderSettings(_Section):
     """One vendor's API and the model asked there."""
 
-    provider: Literal["anthropic", "openai", "google", "openai_compatible"]
-    model: str = Field(min_length=1)
+    provider: Literal["anthropic", "openai", "google", "openai_compatible"] = Field(description="whose API it is")
+    model: str = Field(min_length=1, description="the model's name there")
     api_key_env: str = Field("", description="name of the environment variable that holds the key")
     base_url: str | None = Field(None, description="another endpoint of the same protocol")
     api: Literal["chat_completions", "responses"] = Field("chat_completions", description="for provider: openai")
-    price: ModelPrice | None = None
+    price: ModelPrice | None = Field(None, description="wins over the price list")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of traffic when use: share")
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
-    max_concurrency: int = Field(64, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1, description="the vendor's limit; requests wait for it")
+    tokens_per_minute: int | None = Field(None, ge=1, description="the vendor's limit, input and output together")
+    max_concurrency: int = Field(64, ge=1, description="calls under way at once, per process")
 
     @model_validator(mode="after")
     def _reachable(self) -> ProviderSettings:
@@ -197,12 +201,12 @@ class ProviderSettings(_Section):
 class RemoteSettings(ProviderSettings):
     """The frontier API that teaches, and whom to ask when it fails."""
 
-    additional_providers: tuple[ProviderSettings, ...] = ()
+    additional_providers: tuple[ProviderSettings, ...] = Field((), description="see use")
     use: Literal["fallback", "share"] = Field(
         "fallback", description="share: spread requests over all providers by weight, for training diversity"
     )
     deadline_s: Annotated[float, Field(gt=0)] = Field(60.0, description="for one request, its retries included")
-    max_retries: int = Field(4, ge=0)
+    max_retries: int = Field(4, ge=0, description="per provider, with growing pauses")
     repair: bool = Field(True, description="show the model its schema error once before giving up")
 
     @property
@@ -214,36 +218,40 @@ class RemoteSettings(ProviderSettings):
 class TrainingSettings(_Section):
     """How the local model is fine-tuned; None leaves the choice to the trainer, from the data and the hardware."""
 
-    lora_rank: int | None = Field(None, ge=1)
-    lora_alpha: float | None = Field(None, gt=0)
-    target_modules: tuple[str, ...] | None = None
-    learning_rate: float | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int | None = Field(None, ge=1)
+    lora_rank: int | None = Field(None, ge=1, description="r of LoRA")
+    lora_alpha: float | None = Field(None, gt=0, description="alpha of LoRA")
+    target_modules: tuple[str, ...] | None = Field(None, description="layers that LoRA adapts")
+    learning_rate: float | None = Field(None, gt=0, description="its peak")
+    epochs: float | None = Field(None, gt=0, description="passes over the examples")
+    batch_size: int | None = Field(None, ge=1, description="examples per step of the optimiser")
     max_length: int = Field(2048, ge=32, description="tokens of one example; longer ones are left out, and reported")
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of examples that no run ever trains on"
     )
     max_held_out: int = Field(2000, ge=20, description="held-out examples the gate answers, the newest first")
-    seed: int = 0
+    seed: int = Field(0, description="of everything random in training")
 
 
 class LocalSettings(_Section):
     """The open-weight model that learns, the engine that runs it and the trainer that teaches it."""
 
-    backend: Literal["embedded", "vllm", "llama_cpp", "ollama", "hosted"] = "embedded"
+    backend: Literal["embedded", "vllm", "llama_cpp", "ollama", "hosted"] = Field(
+        "embedded", description="the engine; docs/engines.md"
+    )
     base_model: str = Field(
         "HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id, folder, GGUF file or engine tag"
     )
     training_model: str | None = Field(None, description="the same weights for the trainer, where base_model is a tag")
     url: str | None = Field(None, description="of a running vllm, llama_cpp or ollama server")
-    fine_tune_backend: Literal["huggingface", "unsloth", "axolotl", "openai"] = "huggingface"
+    fine_tune_backend: Literal["huggingface", "unsloth", "axolotl", "openai"] = Field(
+        "huggingface", description="the trainer; docs/training.md"
+    )
     fine_tune_batch_size: int = Field(100, ge=1, description="new examples before another training run")
     fine_tune_growth: Annotated[float, Field(ge=0)] = Field(0.5, description="least growth of the corpus between runs")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     model_dir: Path = Field(Path("./models/"), description="adapters, relative to apprentice.yaml")
     deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="after which a local answer is not waited for")
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(512, ge=1, description="ceiling of a local answer")
     max_memory_mb: int | None = Field(None, ge=1, description="idle adapters are unloaded above it")
     cost_per_hour: Money = Field(Decimal(0), description="what the local machine costs; subtracted from savings")
     promotion_margin: Fraction = Field(0.01, description="how much worse than the champion a candidate may be, at most")
@@ -252,7 +260,9 @@ class LocalSettings(_Section):
 class SamplingSettings(_Section):
     """How often a served request is checked against the remote."""
 
-    decay_function: Literal["linear", "exponential", "step"] | ModuleFunction = "exponential"
+    decay_function: Literal["linear", "exponential", "step"] | ModuleFunction = Field(
+        "exponential", description="how the rate falls from coaching_trigger to a correlation of 1"
+    )
     min_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.02, description="never check a smaller share of requests")
     window_size: int = Field(100, ge=20, description="comparisons in the rolling window")
     trend_sensitivity: Fraction = Field(0.05, description="fall within the window that raises the rate")
