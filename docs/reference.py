@@ -23,6 +23,7 @@ A schema is a mapping of field to type (`str`, `int`, `float`, `bool`, `dict`, `
 a list of values, a nested mapping; a trailing `?` makes a field optional), a JSON Schema, or `module:Model`.
 """
 REQUIRED = "required"
+RULE = "| --- | --- | --- | --- |"
 
 
 def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -92,8 +93,15 @@ def render() -> str:
         body = list(rows(model))
         if body:
             summary = (model.__doc__ or "").strip().split("\n")[0].replace("``", "`")
-            head = f"## {path or 'the file'}\n\n{summary}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
-            parts.append(head + "\n".join(body) + "\n")
+            head = [
+                f"## {path or 'the file'}",
+                "",
+                summary,
+                "",
+                "| key | type | default | meaning |",
+                "| --- | --- | --- | --- |",
+            ]
+            parts.append("\n".join([*head, *body, ""]))
     return "\n".join(parts)
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import httpx
@@ -25,9 +27,12 @@ from rich.console import Console
 from apprentice.assembly import assemble
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
-from apprentice.config import Settings, load_settings
-from apprentice.errors import ApprenticeError, ConfigError, Problem
+from apprentice.confidence.trust import Figures
+from apprentice.config import Settings, TrackingSettings, load_settings, require_key
+from apprentice.errors import ConfigError, Problem, UnknownTask
+from apprentice.phases import Phase
 from apprentice.schema import SchemaError
+from apprentice.store import Store
 from apprentice.testing import RecordedRemote
 from flows.coach import coach_task, due_reason
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
@@ -96,38 +101,36 @@ def run_replay(
     With ``live_client`` the real remote answers instead of the recording.
     """
     log_path = settings.root / "replay.jsonl"
-    moments = [_moment(line) for line in _whole_lines(log_path)]
-    remote = RecordedRemote()
-    draw = random.Random(f"{seed}/{len(moments)}")
+    moments = list(_logged(log_path))
+    recorded = RecordedRemote()
+    calls = _Calls(live_client or httpx.Client(transport=recorded))
     environ = None if live_client else {p.api_key_env: "recorded" for p in settings.remote.providers}
-    client = live_client or httpx.Client(transport=remote)
-    spend_without = moments[-1].spend_without if moments else Decimal(0)
-    with Apprentice.from_config(settings, http_client=client, environ=environ, draw=draw) as apprentice:
-        parts = apprentice.parts
+    draw = random.Random(f"{seed}/{len(moments)}")
+    with Apprentice.from_config(settings, http_client=calls.client, environ=environ, draw=draw) as apprentice:
+        parts, task = apprentice.parts, settings.task(task_name)
         evaluate = parts.judge.evaluator(task_name)
-        task = settings.task(task_name)
+        spend_without = moments[-1].spend_without if moments else Decimal(0)
         for moment in moments:
             view.show(moment)
         _train_if_due(apprentice, task_name, view)
-        apprentice.wait_until_serving(task_name)
         with log_path.open("a", encoding="utf-8") as log:
             for i, row in enumerate(traffic[len(moments) :], len(moments)):
-                remote.expect(row.value, row.answer)
-                calls = remote.calls
+                recorded.expect(row.value, row.answer)
+                before = calls.made
                 output = apprentice.run(task_name, row.value).output
-                asked = remote.calls > calls
                 spend_without += parts.teacher.price_of(task, row.value, row.answer)
                 state = parts.store.policy_row(task_name)
                 moment = Moment(
                     i=i,
                     phase=state.phase,
-                    asked_remote=asked,
+                    asked_remote=calls.made > before,
                     score=evaluate(output, row.answer).score,
                     spend=parts.budget.spent(),
                     spend_without=spend_without,
                     sampling_rate=state.sampling_rate,
                     threshold=state.threshold,
-                    correlation=parts.judge.correlation(task_name),
+                    correlation=_correlation(parts.judge.figures(task_name)),
+                    at=time.time(),
                 )
                 log.write(json.dumps(asdict(moment), default=str) + "\n")
                 log.flush()
@@ -135,6 +138,38 @@ def run_replay(
                 view.show(moment)
                 _train_if_due(apprentice, task_name, view)
     return moments
+
+
+class _Calls:
+    """Counts what a client sends."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+        self.made = 0
+        client.event_hooks = {"request": [self._count]}
+
+    def _count(self, request: httpx.Request) -> None:
+        self.made += 1
+
+
+def _correlation(figures: Figures) -> float | None:
+    """Of the served slice in phase 3, of everything the two answered before."""
+    scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
+    return scope.correlation.value if scope.correlation else None
+
+
+def _logged(path: Path) -> Iterator[Moment]:
+    """The moments of an earlier call. A last line that a kill cut in half is removed from the file."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    for line in whole.splitlines():
+        values = json.loads(line)
+        money = {key: Decimal(values[key]) for key in ("spend", "spend_without")}
+        yield Moment(**{**values, **money})
 
 
 def _train_if_due(apprentice: Apprentice, task_name: str, view: LiveView) -> None:
@@ -146,3 +181,204 @@ def _train_if_due(apprentice: Apprentice, task_name: str, view: LiveView) -> Non
     verdict = "promoted" if result.promoted else f"not promoted: {result.reason}"
     view.trained(f"trained on {result.trained_on} examples in {result.wall_s:.0f} s: {verdict}")
     apprentice.wait_until_serving(task_name)
+
+
+def summarise(moments: list[Moment], store: Store, task_name: str, wall_s: float) -> dict[str, Any]:
+    """The figures of a replay, as its ``--json`` writes them."""
+    tail = moments[len(moments) * 2 // 3 :]
+    local = [m for m in moments if not m.asked_remote]
+    counts = {"local": 0, "deferred": 0}
+    for count in store.counts(task_name):
+        if count.outcome in counts:
+            counts[count.outcome] += count.n
+    decided = sum(counts.values())
+    phases = [{"phase": 1, "from_request": 0}]
+    for moment in moments:
+        if moment.phase != phases[-1]["phase"]:
+            phases.append({"phase": moment.phase, "from_request": moment.i + 1})
+    return {
+        "requests": len(moments),
+        "remote_calls": sum(m.asked_remote for m in moments),
+        "remote_share": _mean([m.asked_remote for m in moments]),
+        "remote_share_tail": _mean([m.asked_remote for m in tail]),
+        "agreement": _mean([m.score for m in moments]),
+        "agreement_local": _mean([m.score for m in local]) if local else None,
+        # Spot checks are drawn before the answer is known, so leaving them out does not bend the share.
+        "coverage": counts["local"] / decided if decided else None,
+        "phases": phases,
+        "versions": [
+            {
+                "version": version.name,
+                "trained_on": version.trained_on,
+                "promoted": version.status in ("champion", "retired"),
+                "reason": version.reason,
+                "at_request": sum(1 for m in moments if m.at <= version.created_at),
+            }
+            for version in store.versions(task_name)
+        ],
+        "spend": float(moments[-1].spend) if moments else 0.0,
+        "spend_without": float(moments[-1].spend_without) if moments else 0.0,
+        "wall_seconds": round(wall_s, 1),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _in_home(config: Path, home: Path) -> Settings:
+    """The settings of ``config``, with everything that they write under ``home``."""
+    home.mkdir(parents=True, exist_ok=True)
+    copy = home / "apprentice.yaml"
+    if copy.exists() and copy.read_bytes() != config.read_bytes():
+        problem = Problem(
+            "--home", f"{home} holds a replay of another configuration.", "Give another folder, or remove it."
+        )
+        raise ConfigError(str(config), [problem])
+    shutil.copyfile(config, copy)
+    settings = load_settings(copy)
+    # What the file says of other places is meant for going live: a replay stays in its folder.
+    local = settings.local.model_copy(update={"model_dir": Path("models")})
+    return settings.model_copy(
+        update={"local": local, "store": "sqlite:///apprentice.db", "tracking": TrackingSettings()}
+    )
+
+
+def _play(
+    file: Path,
+    settings: Settings,
+    task_name: str,
+    *,
+    input_key: str,
+    answer_key: str,
+    limit: int | None,
+    seed: int,
+    title: str,
+    live_client: httpx.Client | None = None,
+) -> dict[str, Any]:
+    """Read, replay, summarise and show."""
+    console = Console()
+    if task_name not in {task.name for task in settings.tasks}:
+        known = ", ".join(task.name for task in settings.tasks)
+        raise UnknownTask(task_name, [Problem("--task", f"there is no task {task_name!r}.", f"Tasks: {known}.")])
+    traffic: list[Recorded] = []
+    skipped: list[Problem] = []
+    for row in read_traffic(file, settings, task_name, input_key=input_key, answer_key=answer_key):
+        if limit is not None and len(traffic) == limit:
+            break
+        if isinstance(row, Recorded):
+            traffic.append(row)
+        else:
+            skipped.append(row)
+    for problem in skipped[:5]:
+        console.print(f"[yellow]{problem}[/yellow]", soft_wrap=True)
+    if skipped:
+        console.print(f"[yellow]{len(skipped)} of {len(skipped) + len(traffic)} lines are left out.[/yellow]")
+    if not traffic:
+        raise ConfigError(str(file), [Problem("file", "holds no usable line.", "Check --input, --answer and --task.")])
+    started = time.monotonic()
+    with LiveView(console, len(traffic), title) as view:
+        moments = run_replay(traffic, settings, task_name, seed=seed, view=view, live_client=live_client)
+    wall_s = time.monotonic() - started
+    with Store.open(settings.store_url) as store:
+        summary = {**summarise(moments, store, task_name, wall_s), "skipped_lines": len(skipped)}
+    print_summary(console, summary, moments)
+    picture = settings.root / "replay.png"
+    draw_picture(picture, moments, summary, title)
+    console.print(f"picture: {picture}")
+    return summary
+
+
+_ROOT = Path(__file__).parents[1]
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("file", type=_file)
+@click.option("--task", "task_name", required=True, help="The task that the traffic belongs to.")
+@config_option
+@click.option("--input", "input_key", default="input", show_default=True, help="Where each object has the input.")
+@click.option("--answer", "answer_key", default="answer", show_default=True, help="Where it has the recorded answer.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many requests.")
+@click.option("--seed", default=0, show_default=True, help="Of the spot checks.")
+@click.option(
+    "--home",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder of its own; one that was stopped goes on.",
+)
+@click.option("--json", "json_out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
+def replay(
+    file: Path,
+    task_name: str,
+    config: Path,
+    input_key: str,
+    answer_key: str,
+    limit: int | None,
+    seed: int,
+    home: Path | None,
+    json_out: Path | None,
+) -> None:
+    """Stream recorded traffic through the whole system.
+
+    FILE has a JSON object on each line, with a request's input and the answer that the remote gave. The remote is
+    that answer, at the price of the configured model; everything else is real, training included.
+
+    Exits with 1 when lines had to be left out.
+    """
+    home = home or Path(tempfile.mkdtemp(prefix="replay-", dir="."))
+    settings = _in_home(config, home)
+    summary = _play(
+        file,
+        settings,
+        task_name,
+        input_key=input_key,
+        answer_key=answer_key,
+        limit=limit,
+        seed=seed,
+        title=f"{file.name}: {task_name}",
+    )
+    if json_out:
+        json_out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if summary["skipped_lines"]:
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--live", is_flag=True, help="Ask the real remote (its key must be set), for a dollar at most.")
+@click.option("--home", default=".demo", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+def demo(live: bool, home: Path) -> None:
+    """Replay 660 support tickets through the whole system, training included."""
+    if home.exists():
+        shutil.rmtree(home)
+    settings = _in_home(_ROOT / "apprentice.yaml", home)
+    client = None
+    if live:
+        cap = settings.budget.model_copy(update={"daily": Decimal(1), "weekly": Decimal(1), "monthly": Decimal(1)})
+        settings = settings.model_copy(update={"budget": cap})
+        require_key(settings.remote)
+        client = httpx.Client()
+    summary = _play(
+        _ROOT / "examples" / "support_tickets" / "tickets.jsonl",
+        settings,
+        "classify_ticket",
+        input_key="input",
+        answer_key="answer",
+        limit=None,
+        seed=0,
+        title="660 support tickets",
+        live_client=client,
+    )
+    (home / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    Console().print(_NEXT.format(home=home), soft_wrap=True, highlight=False)
+
+
+_NEXT = """
+What to open next, in {home}/:
+  replay.png     the picture;  summary.json  the figures
+  mlflow ui      .venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db
+  prefect ui     PREFECT_HOME={home}/prefect .venv/bin/prefect server start
+With a real key:
+  export ANTHROPIC_API_KEY=...
+  make demo LIVE=1                   the same tickets, answered by the real model, for a dollar at most
+  .venv/bin/apprentice serve         POST a ticket to http://127.0.0.1:8000/v1/tasks/classify_ticket
+"""

@@ -26,7 +26,7 @@ _PHASE_SHADES = {1: "#f3f3f3", 2: "#e3eef6", 3: "#e2f2ea"}
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The replay after one request. ``score`` compares the returned answer with the recorded one."""
+    """The replay after one request. ``score`` compares the returned answer with the recorded one; ``at`` is Unix time."""
 
     i: int
     phase: int
@@ -37,6 +37,7 @@ class Moment:
     sampling_rate: float
     threshold: float | None
     correlation: float | None
+    at: float
 
 
 def rolling(values: Sequence[float], window: int) -> list[float]:

@@ -30,7 +30,11 @@ tasks:
     output_schema: {entities: list}
     evaluator: structured_match
     match_fields: [entities]
-    confidence_thresholds: {phase1_to_phase2: 50, phase2_to_phase3: 0.85, coaching_trigger: 0.70, emergency_threshold: 0.50}
+    confidence_thresholds:
+      phase1_to_phase2: 50
+      phase2_to_phase3: 0.85
+      coaching_trigger: 0.70
+      emergency_threshold: 0.50
 remote:
   provider: anthropic
   model: claude-sonnet-4-5-20250929

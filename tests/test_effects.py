@@ -117,17 +117,17 @@ def test_a_deadline_holds_against_a_body_that_drips(driver: str, dripping_server
     def path() -> Path[None]:
         yield Send(httpx.Request("GET", dripping_server), deadline_s=0.3)
 
-    with ThreadPoolExecutor(1) as threads, pytest.raises(httpx.ReadTimeout):
-        if driver == "sync":
-            with httpx.Client() as client:
-                run_sync(path(), client, threads)
-        else:
+    def walk_it() -> None:
+        with ThreadPoolExecutor(1) as threads, httpx.Client() as client:
+            run_sync(path(), client, threads)
 
-            async def main() -> None:
-                async with httpx.AsyncClient() as client:
-                    await run_async(path(), client, threads)
+    async def walk_it_async() -> None:
+        with ThreadPoolExecutor(1) as threads:
+            async with httpx.AsyncClient() as client:
+                await run_async(path(), client, threads)
 
-            asyncio.run(main())
+    with pytest.raises(httpx.ReadTimeout):
+        walk_it() if driver == "sync" else asyncio.run(walk_it_async())
 
 
 @both_drivers
