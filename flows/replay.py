@@ -1,8 +1,8 @@
 """Replay: recorded traffic through the whole system, before going live.
 
 The remote is the recorded answer, spoken in the vendor's own protocol and priced as the configured model would be.
-Everything else is real: router, store, budget, local model, training runs (when they are due, between two requests),
-gate, promotion. Every answered request is a line in HOME/replay.jsonl, so that a replay that was killed goes on where it
+Everything else is real: router, store, budget, local model, gate, promotion, and training runs, when they are due,
+between two requests. Every answered request is a line in HOME/replay.jsonl, so that a replay that was killed goes on where it
 stopped.
 """
 
@@ -24,7 +24,6 @@ import click
 import httpx
 from rich.console import Console
 
-from apprentice.assembly import assemble
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.trust import Figures
