@@ -1,0 +1,87 @@
+"""Rate limits of one provider in one process: requests and tokens a minute, and calls at once.
+
+Token buckets, as pure state: time comes in, a wait goes out. No library: those in the lock file's reach either block
+a thread or need an event loop, and the path of a request belongs to neither (`apprentice.effects`). The vendor's
+own verdict, a 429 with a time to wait, pauses every call of the process to that provider.
+"""
+
+from __future__ import annotations
+
+import threading
+
+__all__ = ["Bucket", "Limits"]
+
+_BUSY_S = 0.01
+
+
+class Bucket:
+    """``per_minute`` tokens a minute, of which up to ``burst`` may be saved up. Goes into debt, never waits."""
+
+    def __init__(self, per_minute: float, *, burst: float | None = None) -> None:
+        self._rate = per_minute / 60
+        self._full = per_minute / 60 if burst is None else burst
+        self._level = self._full
+        self._at: float | None = None
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """How long until ``amount`` is there; an amount larger than the bucket is there when the bucket is full."""
+        self._refill(now)
+        missing = min(amount, self._full) - self._level
+        return max(missing / self._rate, 0.0)
+
+    def take(self, amount: float, now: float) -> None:
+        self._refill(now)
+        self._level -= amount
+
+    def _refill(self, now: float) -> None:
+        if self._at is not None and now > self._at:
+            self._level = min(self._full, self._level + (now - self._at) * self._rate)
+        self._at = now if self._at is None else max(now, self._at)
+
+
+class Limits:
+    """What one process may ask of one provider. ``now`` is a monotonic clock's reading, in seconds. Thread-safe."""
+
+    def __init__(self, *, requests_per_minute: int | None, tokens_per_minute: int | None, max_concurrency: int) -> None:
+        # A second's worth may be saved up; a burst of a whole minute would trip the vendors' own, finer buckets.
+        self._requests = None
+        if requests_per_minute:
+            self._requests = Bucket(requests_per_minute, burst=max(requests_per_minute / 60, 1.0))
+        self._tokens = None
+        if tokens_per_minute:
+            self._tokens = Bucket(tokens_per_minute, burst=tokens_per_minute / 6)
+        self._free = max_concurrency
+        self._paused_until = 0.0
+        self._lock = threading.Lock()
+
+    def acquire(self, tokens: float, now: float) -> float:
+        """Take the right to one call of about ``tokens`` tokens, and return 0; or how long to wait before asking again.
+
+        Where 0 came back, `release` must follow.
+        """
+        with self._lock:
+            wait = self._paused_until - now
+            if self._requests is not None:
+                wait = max(wait, self._requests.wait_s(1, now))
+            if self._tokens is not None:
+                wait = max(wait, self._tokens.wait_s(tokens, now))
+            if wait > 0:
+                return wait
+            if self._free <= 0:
+                return _BUSY_S
+            self._free -= 1
+            if self._requests is not None:
+                self._requests.take(1, now)
+            if self._tokens is not None:
+                self._tokens.take(tokens, now)
+            return 0.0
+
+    def release(self) -> None:
+        """The call is over."""
+        with self._lock:
+            self._free += 1
+
+    def pause(self, until: float) -> None:
+        """The vendor asked for silence until then."""
+        with self._lock:
+            self._paused_until = max(self._paused_until, until)
