@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from apprentice.tally import Tally
 if TYPE_CHECKING:
     from apprentice.local.engine import Engine, Version
 
-__all__ = ["Assembly", "assemble", "open_judge"]
+__all__ = ["Assembly", "assemble", "check_remote", "open_judge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def assemble(
         caps = {task.name: task.budget for task in settings.tasks}
         budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner())
         teacher = Teacher(settings.remote, budget, environ=environ, clock=clock, random=draw)
+        teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
         tally = Tally(store, clock)
         engine = engine or build_engine(settings.local, settings.root)
@@ -87,6 +89,13 @@ def assemble(
         store.close()
         raise
     return Assembly(settings, store, budget, teacher, engine, switch, judge, tally, alerts, router)
+
+
+def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:
+    """Make sure that every provider has its key and a known price, opening nothing. Raises `ConfigError`."""
+    with Store.open("sqlite://") as store:
+        budget = Budget(store, settings.budget, clock=clock)
+        Teacher(settings.remote, budget, environ=environ, clock=clock).price_check()
 
 
 def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:

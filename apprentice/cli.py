@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -90,11 +91,11 @@ config_option = click.option(
 @config_option
 def check(config: Path) -> None:
     """Check a configuration: its keys, prices and API keys."""
+    from apprentice.assembly import check_remote
     from apprentice.config import load_settings
-    from apprentice.remote import check_remote
 
     settings = load_settings(config)
-    check_remote(settings.remote)
+    check_remote(settings, os.environ)
     tasks = ", ".join(task.name for task in settings.tasks)
     click.echo(f"{config} is fine: {len(settings.tasks)} tasks ({tasks}), remote {settings.remote.model}.")
 

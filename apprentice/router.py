@@ -183,7 +183,7 @@ class Router:
             input_digest=_digest(request.value),
             created_at=self._clock(),
         )
-        yield Call(lambda: self._budget.complete(answer.settlements, example))
+        yield Call(lambda: self._budget.complete_remote(settlements=answer.settlements, example=example))
         return answer
 
     def _ask_local(self, request: _Request) -> Path[LocalAnswer]:

@@ -52,7 +52,7 @@ def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, T
     """Every configured task's status, by name."""
     spent: dict[str, Decimal] = {}
     for row in store.spend():
-        spent[row.task] = spent.get(row.task, Decimal(0)) + row.amount
+        spent[row.task] = spent.get(row.task, Decimal(0)) + row.cost
     return {task.name: _status(task.name, store, judge, spent.get(task.name, Decimal(0))) for task in settings.tasks}
 
 

@@ -2,7 +2,7 @@
 
 The remote is the recorded answer, spoken in the vendor's own protocol and priced as the configured model would be.
 Everything else is real: router, store, budget, local model, gate, promotion, and training runs, when they are due,
-between two requests. Every answered request is a line in HOME/replay.jsonl, so that a replay that was killed goes on where it
+between two requests. Every answered request is a line in HOME/replay.jsonl: a replay that was killed goes on where it
 stopped.
 """
 
@@ -117,14 +117,14 @@ def run_replay(
                 recorded.expect(row.value, row.answer)
                 before = calls.made
                 output = apprentice.run(task_name, row.value).output
-                spend_without += parts.teacher.price_of(task, row.value, row.answer)
+                spend_without += parts.teacher.estimate(task, row.value, row.answer)
                 state = parts.store.policy_row(task_name)
                 moment = Moment(
                     i=i,
                     phase=state.phase,
                     asked_remote=calls.made > before,
                     score=evaluate(output, row.answer).score,
-                    spend=parts.budget.spent(),
+                    spend=sum((row.cost for row in parts.store.spend()), Decimal(0)),
                     spend_without=spend_without,
                     sampling_rate=state.sampling_rate,
                     threshold=state.threshold,

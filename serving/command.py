@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from apprentice import AsyncApprentice
+from apprentice.assembly import check_remote
 from apprentice.cli import config_option
 from apprentice.config import load_settings
-from apprentice.remote import check_remote
 
 __all__ = ["serve"]
 
@@ -26,5 +27,5 @@ def serve(config: Path, host: str, port: int) -> None:
 
     # Mistakes in the file or a missing key are worth knowing before the server listens, and read better here.
     settings = load_settings(config)
-    check_remote(settings.remote)
+    check_remote(settings, os.environ)
     uvicorn.run(create_app(lambda: AsyncApprentice.from_config(settings)), host=host, port=port, log_level="info")
