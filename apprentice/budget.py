@@ -43,9 +43,11 @@ logger = logging.getLogger(__name__)
 NEVER = datetime.max.replace(tzinfo=UTC)
 """When a total cap resets."""
 
+type Level = Literal["info", "warning", "critical"]
+
 _HEADROOM_TTL_S = 0.5
 _PERIODS = ("daily", "weekly", "monthly", "total")
-_WARN_AT: tuple[tuple[Decimal, Literal["info", "warning", "critical"]], ...] = (
+_WARN_AT: tuple[tuple[Decimal, Level], ...] = (
     (Decimal("0.95"), "critical"),
     (Decimal("0.80"), "warning"),
     (Decimal("0.50"), "info"),
@@ -121,6 +123,7 @@ class Budget:
     """The caps of one process's configuration, kept together with every other process on the same store.
 
     ``task_caps`` maps a task to its own caps; ``clock`` gives Unix seconds; ``owner`` names this process in the ledger.
+    ``announce`` hears of a cap's marks and of its exhaustion, once among all processes, after the store has the event.
     Thread-safe: it holds nothing but caches.
     """
 
@@ -132,12 +135,14 @@ class Budget:
         *,
         clock: Callable[[], float] = time.time,
         owner: str = "",
+        announce: Callable[[str, str | None, dict[str, Any], Level], None] | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
         self._task_caps = dict(task_caps or {})
         self._clock = clock
         self._owner = owner
+        self._announce = announce or _log
         self._zone = ZoneInfo(settings.timezone)
         self._today_cache: _Today | None = None
         self._open: frozenset[str] = frozenset()
@@ -290,7 +295,7 @@ class Budget:
         self._tell(f"{window.key}|exhausted", window, state, "budget_exhausted", "critical", {})
 
     def _tell(
-        self, event_id: str, window: CapWindow, state: WindowState, kind: str, level: Any, more: dict[str, Any]
+        self, event_id: str, window: CapWindow, state: WindowState, kind: str, level: Level, more: dict[str, Any]
     ) -> None:
         told = f"{event_id}|{window.cap}"
         if told in self._told:
@@ -304,5 +309,10 @@ class Budget:
             "resets_at": resets_at(window, self._zone).isoformat(),
             **more,
         }
-        logger.warning("%s: %s", kind, evidence)
-        self._store.add_event(EventRecord(told, window.scope or None, kind, level, evidence, self._clock()))
+        event = EventRecord(told, window.scope or None, kind, level, evidence, self._clock())
+        if self._store.add_event(event):  # else another process has said so
+            self._announce(kind, event.task, evidence, level)
+
+
+def _log(kind: str, task: str | None, evidence: dict[str, Any], level: Level) -> None:
+    logger.log(logging.INFO if level == "info" else logging.WARNING, "%s %s: %s", task or "all tasks", kind, evidence)

@@ -26,10 +26,13 @@ _after = (
 )
 
 
-def add(tx: Transaction, records: Iterable[EventRecord]) -> None:
+def add(tx: Transaction, records: Iterable[EventRecord]) -> int:
+    """Returns how many of them are new."""
+    new = 0
     for r in records:
         row = {"id": r.id, "task": r.task, "kind": r.kind, "level": r.level}
-        tx.run(_insert, {**row, "evidence": dumps(r.evidence), "at": r.at})
+        new += tx.run(_insert, {**row, "evidence": dumps(r.evidence), "at": r.at}).rowcount
+    return new
 
 
 def after(tx: Transaction, task: str | None, since_seq: int, limit: int) -> list[EventRecord]:

@@ -266,10 +266,10 @@ class Store:
 
     # events
 
-    def add_event(self, event: EventRecord) -> None:
-        """Record an event; one whose id is known already is recorded no second time."""
+    def add_event(self, event: EventRecord) -> bool:
+        """Record an event; False where one of that id is recorded already, and stays as it is."""
         with self._database.write(durable=True) as tx:
-            events.add(tx, [event])
+            return bool(events.add(tx, [event]))
 
     def events(self, task: str | None = None, since_seq: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Events of a task, or all, after a ``seq``, the oldest first."""

@@ -1,0 +1,373 @@
+"""Vendors' protocols from the vendors' side, as strict as the real ones: what they refuse, this refuses likewise.
+
+Each protocol reads a request (headers and JSON body) into a `Question` or raises `Refused`, and writes an answer or an
+error in the shape of the vendor's public API reference. No I/O; `apprentice.testing.remote` serves them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+__all__ = ["PROTOCOLS", "AnthropicProtocol", "Question", "Refused", "VendorProtocol"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request that the vendor accepts: what the user sent last, and everything before it."""
+
+    model: str
+    system: str
+    user: str
+    turns: tuple[str, ...]
+    max_output_tokens: int
+    by_tool: bool = False
+
+    @property
+    def value(self) -> Any:
+        """The input, where the user's first turn is the JSON that Apprentice writes."""
+        first = self.turns[0] if self.turns else self.user
+        return json.loads(first)
+
+
+class Refused(Exception):
+    """The request is wrong; ``status`` and ``kind`` as the vendor names them."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        self.status = status
+        self.kind = kind
+        super().__init__(message)
+
+
+class VendorProtocol(Protocol):
+    """One vendor's API, seen from the vendor."""
+
+    def read(self, path: str, headers: Mapping[str, str], body: dict[str, Any], key: str) -> Question: ...
+    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]: ...
+    def error(self, status: int, kind: str, message: str) -> dict[str, Any]: ...
+
+
+def tokens(text: str) -> int:
+    """A plausible count of tokens."""
+    return max(math.ceil(len(text.encode("utf-8", "replace")) / 4), 1)
+
+
+def _known(body: Mapping[str, Any], names: set[str], status: int, kind: str, where: str = "") -> None:
+    for name in body:
+        if name not in names:
+            raise Refused(status, kind, f"{where}{name}: Extra inputs are not permitted")
+
+
+def _positive(body: Mapping[str, Any], name: str, kind: str) -> int:
+    value = body.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise Refused(400, kind, f"{name}: Input should be a positive integer")
+    return value
+
+
+def _walk_closed(node: Any, kind: str, *, all_required: bool) -> None:
+    """Structured outputs accept closed objects, and no keyword that they cannot decode under."""
+    if not isinstance(node, dict):
+        raise Refused(400, kind, "schema: every node must be an object")
+    allowed = {
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "items",
+        "enum",
+        "const",
+        "anyOf",
+        "description",
+    }
+    _known(node, allowed, 400, kind, "schema.")
+    if not node.keys() & {"type", "enum", "const", "anyOf"}:
+        raise Refused(400, kind, "schema: a node without type cannot be enforced")
+    if node.get("type") == "object":
+        if node.get("additionalProperties") is not False:
+            raise Refused(400, kind, "schema: 'additionalProperties' is required to be supplied and to be false")
+        properties = node.get("properties", {})
+        if all_required and sorted(node.get("required", [])) != sorted(properties):
+            raise Refused(400, kind, "schema: 'required' is required to include every key in properties")
+        for child in properties.values():
+            _walk_closed(child, kind, all_required=all_required)
+    if node.get("type") == "array":
+        _walk_closed(node.get("items"), kind, all_required=all_required)
+    for branch in node.get("anyOf", ()):
+        _walk_closed(branch, kind, all_required=all_required)
+
+
+def _alternating(messages: Any, kind: str, roles: tuple[str, str]) -> list[str]:
+    if not isinstance(messages, list) or not messages:
+        raise Refused(400, kind, "messages: at least one message is required")
+    texts = []
+    for i, message in enumerate(messages):
+        if message.get("role") != roles[i % 2]:
+            raise Refused(400, kind, f"messages.{i}: roles must alternate, beginning with {roles[0]}")
+        content = message.get("content")
+        if not isinstance(content, str) or not content:
+            raise Refused(400, kind, f"messages.{i}: text content must be non-empty")
+        texts.append(content)
+    return texts
+
+
+class AnthropicProtocol:
+    """POST /v1/messages."""
+
+    def read(self, path: str, headers: Mapping[str, str], body: dict[str, Any], key: str) -> Question:
+        if path != "/v1/messages":
+            raise Refused(404, "not_found_error", "Not found")
+        if headers.get("x-api-key") != key:
+            raise Refused(401, "authentication_error", "invalid x-api-key")
+        if headers.get("anthropic-version") != "2023-06-01":
+            raise Refused(400, "invalid_request_error", "anthropic-version: header is required")
+        bad = "invalid_request_error"
+        known = {"model", "max_tokens", "messages", "system", "output_config", "tools", "tool_choice"}
+        _known(body, known, 400, bad)
+        texts = _alternating(body.get("messages"), bad, ("user", "assistant"))
+        system = "".join(block["text"] for block in body.get("system", ()))
+        if "output_config" in body:
+            form = body["output_config"].get("format", {})
+            if form.get("type") != "json_schema":
+                raise Refused(400, bad, "output_config.format.type: Input should be 'json_schema'")
+            _walk_closed(form.get("schema"), bad, all_required=False)
+        for tool in body.get("tools", ()):
+            if tool.get("input_schema", {}).get("type") != "object":
+                raise Refused(400, bad, "tools.0.input_schema.type: Input should be 'object'")
+        max_tokens = _positive(body, "max_tokens", bad)
+        return Question(body["model"], system, texts[-1], tuple(texts[:-1]), max_tokens, by_tool="tools" in body)
+
+    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+        content: dict[str, Any] = {"type": "text", "text": text}
+        reason = {"end": "end_turn", "length": "max_tokens", "refusal": "refusal"}[stop]
+        if question.by_tool and stop == "end":
+            try:
+                content = {"type": "tool_use", "id": "toolu_01", "name": "answer", "input": json.loads(text)}
+                reason = "tool_use"
+            except ValueError:
+                pass  # a model that answers in prose instead of calling the tool
+        return {
+            "id": "msg_01",
+            "type": "message",
+            "role": "assistant",
+            "model": question.model,
+            "content": [content],
+            "stop_reason": reason,
+            "stop_sequence": None,
+            "usage": {
+                "input_tokens": tokens_in,
+                "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0,
+                "output_tokens": tokens(text),
+                "service_tier": "standard",
+            },
+        }
+
+    def error(self, status: int, kind: str, message: str) -> dict[str, Any]:
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_01"}
+
+
+class _OpenAI:
+    def _authorized(self, headers: Mapping[str, str], key: str) -> None:
+        if key and headers.get("authorization") != f"Bearer {key}":
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            shown = f"{given[:8]}****{given[-4:]}"
+            raise Refused(401, "invalid_request_error", f"Incorrect API key provided: {shown}.")
+
+    def _format(self, form: Mapping[str, Any]) -> None:
+        bad = "invalid_request_error"
+        if not isinstance(form.get("name"), str) or not 0 < len(form["name"]) <= 64:
+            raise Refused(400, bad, "Missing required parameter: 'response_format.json_schema.name'")
+        if form.get("strict"):
+            _walk_closed(form.get("schema"), bad, all_required=True)
+
+    def error(self, status: int, kind: str, message: str) -> dict[str, Any]:
+        return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+class OpenAIChatProtocol(_OpenAI):
+    """POST /v1/chat/completions. ``compatible``: as the many servers that follow it do, with ``max_tokens``."""
+
+    def __init__(self, *, compatible: bool = False) -> None:
+        self._limit = "max_tokens" if compatible else "max_completion_tokens"
+
+    def read(self, path: str, headers: Mapping[str, str], body: dict[str, Any], key: str) -> Question:
+        bad = "invalid_request_error"
+        if path != "/v1/chat/completions":
+            raise Refused(404, bad, f"Unknown request URL: POST {path}.")
+        self._authorized(headers, key)
+        _known(body, {"model", "messages", "response_format", self._limit, "prompt_cache_key"}, 400, bad)
+        form = body.get("response_format", {})
+        if form.get("type") != "json_schema":
+            raise Refused(400, bad, "Invalid value: 'response_format.type'")
+        self._format(form["json_schema"])
+        messages = body.get("messages") or [{}]
+        if messages[0].get("role") != "system":
+            raise Refused(400, bad, "messages: the first has no role 'system'")
+        texts = _alternating(messages[1:], bad, ("user", "assistant"))
+        limit = _positive(body, self._limit, bad)
+        return Question(body["model"], messages[0]["content"], texts[-1], tuple(texts[:-1]), limit)
+
+    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+        out = tokens(text)
+        refused = stop == "refusal"
+        return {
+            "id": "chatcmpl-01",
+            "object": "chat.completion",
+            "created": 1_700_000_000,
+            "model": question.model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {
+                        "role": "assistant",
+                        "content": None if refused else text,
+                        "refusal": "I cannot help with that." if refused else None,
+                    },
+                    "finish_reason": "length" if stop == "length" else "stop",
+                }
+            ],
+            "usage": {
+                "prompt_tokens": tokens_in,
+                "completion_tokens": out,
+                "total_tokens": tokens_in + out,
+                "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": 0},
+            },
+        }
+
+
+class OpenAIResponsesProtocol(_OpenAI):
+    """POST /v1/responses."""
+
+    def read(self, path: str, headers: Mapping[str, str], body: dict[str, Any], key: str) -> Question:
+        bad = "invalid_request_error"
+        if path != "/v1/responses":
+            raise Refused(404, bad, f"Unknown request URL: POST {path}.")
+        self._authorized(headers, key)
+        known = {"model", "instructions", "input", "max_output_tokens", "text", "prompt_cache_key", "store"}
+        _known(body, known, 400, bad)
+        form = body.get("text", {}).get("format", {})
+        if form.get("type") != "json_schema":
+            raise Refused(400, bad, "Invalid value: 'text.format.type'")
+        self._format(form)
+        texts = _alternating(body.get("input"), bad, ("user", "assistant"))
+        limit = _positive(body, "max_output_tokens", bad)
+        return Question(body["model"], body.get("instructions", ""), texts[-1], tuple(texts[:-1]), limit)
+
+    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+        out = tokens(text)
+        part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": []}
+        if stop == "refusal":
+            part = {"type": "refusal", "refusal": "I cannot help with that."}
+        cut = stop == "length"
+        return {
+            "id": "resp_01",
+            "object": "response",
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "error": None,
+            "model": question.model,
+            "output": [
+                {"type": "reasoning", "id": "rs_01", "summary": []},
+                {"type": "message", "id": "msg_01", "role": "assistant", "status": "completed", "content": [part]},
+            ],
+            "usage": {
+                "input_tokens": tokens_in,
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens": out,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": tokens_in + out,
+            },
+        }
+
+
+class GoogleProtocol:
+    """POST /v1beta/models/MODEL:generateContent."""
+
+    def read(self, path: str, headers: Mapping[str, str], body: dict[str, Any], key: str) -> Question:
+        bad = "INVALID_ARGUMENT"
+        prefix, suffix = "/v1beta/models/", ":generateContent"
+        if not (path.startswith(prefix) and path.endswith(suffix)):
+            raise Refused(404, "NOT_FOUND", f"{path} is not found for API version v1beta")
+        if headers.get("x-goog-api-key") != key:
+            raise Refused(400, bad, "API key not valid. Please pass a valid API key.")
+        _known(body, {"systemInstruction", "contents", "generationConfig"}, 400, bad)
+        generation = body.get("generationConfig", {})
+        _known(generation, {"maxOutputTokens", "responseMimeType", "responseSchema"}, 400, bad, "generation_config.")
+        if "responseSchema" in generation:
+            self._walk(generation["responseSchema"])
+        turns = [{"role": c.get("role"), "content": c["parts"][0]["text"]} for c in body.get("contents", ())]
+        texts = _alternating(turns, bad, ("user", "model"))
+        system = body.get("systemInstruction", {}).get("parts", [{"text": ""}])[0]["text"]
+        limit = _positive(generation, "maxOutputTokens", bad)
+        model = path.removeprefix(prefix).removesuffix(suffix)
+        return Question(model, system, texts[-1], tuple(texts[:-1]), limit)
+
+    def _walk(self, node: Any) -> None:
+        bad = "INVALID_ARGUMENT"
+        allowed = {
+            "type",
+            "properties",
+            "required",
+            "propertyOrdering",
+            "items",
+            "enum",
+            "anyOf",
+            "nullable",
+            "description",
+        }
+        _known(node, allowed, 400, bad, "response_schema.")
+        if "anyOf" not in node and node.get("type") not in (
+            "OBJECT",
+            "ARRAY",
+            "STRING",
+            "INTEGER",
+            "NUMBER",
+            "BOOLEAN",
+        ):
+            raise Refused(400, bad, f"response_schema.type: {node.get('type')!r} is not a Type")
+        if any(not isinstance(v, str) for v in node.get("enum", ())):
+            raise Refused(400, bad, "response_schema.enum: values must be strings")
+        if node.get("type") == "OBJECT":
+            if not node.get("properties"):
+                raise Refused(400, bad, "response_schema.properties: should be non-empty for OBJECT type")
+            for child in node["properties"].values():
+                self._walk(child)
+        if node.get("type") == "ARRAY":
+            self._walk(node.get("items", {}))
+        for branch in node.get("anyOf", ()):
+            self._walk(branch)
+
+    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+        out = tokens(text)
+        usage = {"promptTokenCount": tokens_in, "candidatesTokenCount": out, "totalTokenCount": tokens_in + out}
+        if stop == "refusal":
+            return {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": usage}
+        return {
+            "candidates": [
+                {
+                    "content": {"role": "model", "parts": [{"text": text}]},
+                    "finishReason": "MAX_TOKENS" if stop == "length" else "STOP",
+                    "index": 0,
+                }
+            ],
+            "usageMetadata": usage,
+            "modelVersion": question.model,
+            "responseId": "r01",
+        }
+
+    def error(self, status: int, kind: str, message: str) -> dict[str, Any]:
+        return {"error": {"code": status, "message": message, "status": kind}}
+
+
+PROTOCOLS: Mapping[str, VendorProtocol] = {
+    "anthropic": AnthropicProtocol(),
+    "openai": OpenAIChatProtocol(),
+    "openai_responses": OpenAIResponsesProtocol(),
+    "google": GoogleProtocol(),
+    "openai_compatible": OpenAIChatProtocol(compatible=True),
+}
