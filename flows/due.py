@@ -1,0 +1,43 @@
+"""When a task is to be trained. Pure arithmetic; `flows.dispatch` carries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LastRun", "training_due"]
+
+
+@dataclass(frozen=True, slots=True)
+class LastRun:
+    """The newest finished run of a task: how many examples there were, and whether it broke down."""
+
+    corpus_size: int
+    failed: bool = False
+
+
+def training_due(
+    examples: int,
+    last: LastRun | None,
+    *,
+    first_at: int,
+    batch: int,
+    growth: float,
+    escalated: str | None = None,
+    has_champion: bool = True,
+) -> str | None:
+    """Why training is due now, in words; None where it is not.
+
+    The first run is due at ``first_at`` examples. Later ones are due when ``batch`` new examples have come and the corpus
+    grew by the share ``growth``: runs then cost together at most (1 + growth) / growth times the last one, so the bill
+    stays linear in the traffic. An escalation is due at once, provided there is anything new to learn from. While
+    nothing is promoted, half the growth is enough: the first version is worth the most.
+    """
+    if last is None:
+        return f"{examples} examples, {first_at} needed for the first run" if examples >= first_at else None
+    new = examples - last.corpus_size
+    if escalated and new > 0:
+        return f"escalated: {escalated}" if not escalated.startswith("escalated") else escalated
+    needed = growth if has_champion else growth / 2
+    if new >= batch and new >= needed * last.corpus_size:
+        return f"{new} new examples since {last.corpus_size}"
+    return None

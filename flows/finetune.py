@@ -1,0 +1,130 @@
+"""Step 2: train an adapter on the curated dataset and register it as a candidate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from apprentice.store.records import RunRecord, VersionRecord
+from flows.dataset import load_dataset
+from flows.runs import run_of
+from flows.steps import Trained, read_result, write_result
+from flows.trainers import Progress, TrainedAdapter, TrainingJob, build_trainer
+from flows.workshop import Workshop, workshop
+
+__all__ = ["finetune", "finetune_run"]
+
+
+@flow(name="finetune", log_prints=False, retries=2, retry_delay_seconds=5)
+def finetune(config: str, task: str, run: str) -> str:
+    """Train a run's dataset; returns the version's name."""
+    artifact: list[Any] = []
+
+    def show(done: float) -> None:
+        if not artifact:
+            artifact.append(
+                create_progress_artifact(progress=0.0, key=f"training-{task.replace('_', '-')}", description="Training")
+            )
+        update_progress_artifact(artifact_id=artifact[0], progress=100.0 * done)
+
+    with workshop(config) as shop:
+        return finetune_run(shop, run_of(shop, task, run), show=show).version
+
+
+def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: None) -> Trained:
+    """Train, or take up what an earlier attempt trained. One dataset and recipe is registered once."""
+    bench = shop.bench(run)
+    known = read_result(bench, "trained")
+    if known is not None:
+        return Trained(**known)
+    shop.store.update_run(run.id, step="finetune")
+    dataset = load_dataset(shop.datasets(run.task), run.data_digest)
+    job = training_job(shop, run, dataset.train)
+    trainer = build_trainer(shop.settings.local.fine_tune_backend)
+    trainer.preflight(job)
+    tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
+    shown_at = [0.0]
+
+    def report(progress: Progress) -> None:
+        speed = progress.tokens / progress.elapsed_s if progress.elapsed_s else None
+        tracked.metrics(
+            {"loss": progress.loss, "validation_loss": progress.validation_loss, "tokens_per_s": speed},
+            at_s=shop.clock(),
+            step=progress.step,
+        )
+        shop.progress("finetune", progress.fraction)
+        now = time.monotonic()
+        if now - shown_at[0] > 2.0 or progress.step == progress.steps:
+            shown_at[0] = now
+            show(progress.fraction)
+
+    adapter = trainer.train(job, report)
+    trained = _register(shop, run, adapter, held_out=dataset.card.held_out, tracked=tracked)
+    write_result(bench, "trained", trained)
+    return trained
+
+
+def training_job(shop: Workshop, run: RunRecord, dataset: Path) -> TrainingJob:
+    """What the trainer is to do."""
+    task, local = shop.task(run.task), shop.settings.local
+    return TrainingJob(
+        task=run.task,
+        dataset=dataset,
+        output_schema=task.output_schema,
+        base_model=local.training_model or local.base_model,
+        root=shop.settings.root,
+        work=shop.bench(run),
+        adapters=shop.adapters(run.task),
+        settings=local.training,
+        instructions=task.instructions,
+    )
+
+
+def _register(shop: Workshop, run: RunRecord, adapter: TrainedAdapter, *, held_out: int, tracked: Any) -> Trained:
+    tracked.params({**adapter.recipe, "base_model": adapter.base_model, "trained_on": adapter.trained_on})
+    tracked.params({f"toolchain.{name}": version for name, version in adapter.toolchain.items()})
+    tracked.metrics({"train_wall_s": adapter.wall_s, "train_tokens": float(adapter.tokens)}, at_s=shop.clock())
+    tracked.folder(adapter.folder, "adapter")
+    number = shop.tracking.register(
+        run.task,
+        adapter.name,
+        tracked,
+        tags={
+            "apprentice.status": "candidate",
+            "apprentice.data_digest": run.data_digest,
+            "apprentice.base_model": adapter.base_model,
+            "apprentice.trained_on": str(adapter.trained_on),
+            "apprentice.run": run.id,
+        },
+        description=f"Trained on {adapter.trained_on} examples (dataset {run.data_digest[:12]}); not judged yet.",
+    )
+    shop.store.add_version(
+        VersionRecord(
+            name=adapter.name,
+            task=run.task,
+            status="candidate",
+            adapter=str(adapter.folder),
+            base_model=adapter.base_model,
+            trained_on=adapter.trained_on,
+            held_out=held_out,
+            data_digest=run.data_digest,
+            mlflow_version=number,
+            reason="waits for the gate",
+            record={
+                "recipe": dict(adapter.recipe),
+                "toolchain": dict(adapter.toolchain),
+                "wall_s": adapter.wall_s,
+                "tokens": adapter.tokens,
+                "loss": adapter.loss,
+                "left_out": adapter.left_out,
+            },
+            created_at=shop.clock(),
+            remote_model=adapter.remote_model,
+        )
+    )
+    shop.store.update_run(run.id, version=adapter.name)
+    return Trained(adapter.name, str(adapter.folder), number, adapter.trained_on, adapter.remote_model)

@@ -1,0 +1,73 @@
+"""What each step of a training run leaves behind for the next, in the run's folder.
+
+A step's result is a JSON file that appears whole when the step is done. A resumed run finds it and goes on with the next.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.dataset import write_whole
+
+__all__ = ["Answered", "Trained", "Validated", "read_result", "write_result"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What finetune leaves: the adapter and its MLflow number."""
+
+    version: str
+    folder: str
+    mlflow_version: str
+    trained_on: int
+    remote_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One held-out example, answered by the candidate in the serving engine.
+
+    ``score`` and ``confidence`` are None where no answer within the schema came; ``champion`` is the champion's score.
+    """
+
+    id: str
+    local: dict[str, Any] | None
+    remote: dict[str, Any]
+    score: float | None
+    parts: dict[str, float]
+    confidence: float | None
+    champion: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What validate leaves: every held-out answer, and the figures that the gate looks at."""
+
+    version: str
+    champion: str | None
+    answers: list[Answered]
+    correlation: float
+    correlation_low: float
+    correlation_high: float
+    agreement: float
+    agreement_low: float
+    agreement_high: float
+    fields: dict[str, float]
+    active: bool
+    reproduced: float
+    answers_per_s: float
+    notes: list[str] = field(default_factory=list)
+
+
+def write_result(bench: Path, name: str, value: Trained | Validated) -> None:
+    """Leave a step's result."""
+    write_whole(bench / f"{name}.json", json.dumps(asdict(value), ensure_ascii=False) + "\n")
+
+
+def read_result(bench: Path, name: str) -> dict[str, Any] | None:
+    """A step's result as plain data, None where the step has not ended yet."""
+    path = bench / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,196 @@
+"""Everything MLflow: runs, datasets, adapters, registered models, aliases.
+
+MLflow is where an ML engineer reads what was trained on what and how it fared, and where a version is promoted or
+rolled back by hand. Nothing on the path of a request depends on it. Every write here can be repeated: runs are found again by the
+store's run id, versions by the adapter's content hash, so a flow that was killed half-way leaves no second of anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apprentice.config import Settings
+from apprentice.errors import MissingExtra
+
+try:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunStatus, RunTag
+    from mlflow.exceptions import MlflowException
+except ImportError:  # a folder of this checkout is called mlflow too, so a missing library is no ModuleNotFoundError
+    raise MissingExtra("tracking training runs", "flows") from None
+
+__all__ = ["CANDIDATE", "CHAMPION", "TrackedRun", "Tracking", "model_name"]
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+_RUN_TAG, _VERSION_TAG = "apprentice.run", "apprentice.version"
+_log = logging.getLogger(__name__)
+
+
+def model_name(task: str) -> str:
+    """The registered model of a task."""
+    return f"apprentice.{task}"
+
+
+class Tracking:
+    """The tracking server and model registry that the configuration names."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
+        self._artifacts = None if settings.tracking.uri else settings.tracking_artifacts
+
+    def run(self, task: str, run_id: str, *, name: str) -> TrackedRun:
+        """The MLflow run of a training run, created when it is first asked for."""
+        experiment = self._experiment(task)
+        found = self._client.search_runs([experiment], filter_string=f"tags.`{_RUN_TAG}` = '{run_id}'", max_results=1)
+        if found:
+            return TrackedRun(self._client, found[0].info.run_id)
+        tags = {_RUN_TAG: run_id, "apprentice.task": task, "mlflow.runName": name}
+        return TrackedRun(self._client, self._client.create_run(experiment, tags=tags).info.run_id)
+
+    def register(self, task: str, version: str, run: TrackedRun, *, tags: Mapping[str, str], description: str) -> str:
+        """Register an adapter as a new version of the task's model, with the alias `candidate`; its MLflow number.
+
+        An adapter that is registered already keeps its number.
+        """
+        number = self.number_of(task, version)
+        if number is None:
+            with contextlib.suppress(MlflowException):  # it exists
+                self._client.create_registered_model(
+                    model_name(task), description=f"The local model of the task {task}, trained by Apprentice."
+                )
+            made = self._client.create_model_version(
+                model_name(task),
+                source=f"runs:/{run.id}/adapter",
+                run_id=run.id,
+                tags={_VERSION_TAG: version, **tags},
+                description=description,
+            )
+            number = str(made.version)
+        self.set_alias(task, CANDIDATE, number)
+        return number
+
+    def number_of(self, task: str, version: str) -> str | None:
+        """MLflow's number of a version, None where it is not registered."""
+        found = self._client.search_model_versions(
+            f"name = '{model_name(task)}' and tags.`{_VERSION_TAG}` = '{version}'"
+        )
+        return str(found[0].version) if found else None
+
+    def describe(self, task: str, number: str, *, description: str, tags: Mapping[str, str]) -> None:
+        """Replace a version's description, and set tags on it."""
+        self._client.update_model_version(model_name(task), number, description=description)
+        for key, value in tags.items():
+            self._client.set_model_version_tag(model_name(task), number, key, value)
+
+    def set_alias(self, task: str, alias: str, number: str) -> None:
+        """Point an alias at a version."""
+        self._client.set_registered_model_alias(model_name(task), alias, number)
+
+    def drop_alias(self, task: str, alias: str) -> None:
+        """Take an alias away; nothing happens where it is not set."""
+        with contextlib.suppress(MlflowException):
+            self._client.delete_registered_model_alias(model_name(task), alias)
+
+    def aliased(self, task: str, alias: str) -> str | None:
+        """The name (content hash) of the version that an alias points at; None where it points nowhere."""
+        try:
+            found = self._client.get_model_version_by_alias(model_name(task), alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return found.tags.get(_VERSION_TAG)
+
+    def run_of_version(self, task: str, number: str) -> TrackedRun | None:
+        """The run that trained a version."""
+        found = self._client.get_model_version(model_name(task), number)
+        return TrackedRun(self._client, found.run_id) if found.run_id else None
+
+    def _experiment(self, task: str) -> str:
+        name = model_name(task)
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            location = f"{self._artifacts}/{task}" if self._artifacts else None
+            return str(self._client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)  # somebody was quicker
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+
+class TrackedRun:
+    """One MLflow run."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client = client
+        self.id = run_id
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Record parameters. MLflow keeps the first value of each, which a resumed run repeats."""
+        known = self._client.get_run(self.id).data.params
+        new = [Param(key, str(value)[:6000]) for key, value in values.items() if key not in known]
+        if new:
+            self._client.log_batch(self.id, params=new)
+
+    def metrics(self, values: Mapping[str, float | None], *, at_s: float, step: int = 0) -> None:
+        """Record figures at a moment (Unix seconds) and step; a figure that is None is left out."""
+        rows = [Metric(key, float(v), int(at_s * 1000), step) for key, v in values.items() if v is not None]
+        if rows:
+            self._client.log_batch(self.id, metrics=rows)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._client.log_batch(self.id, tags=[RunTag(key, value) for key, value in values.items()])
+
+    def dataset(self, *, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
+        """Record what was trained on (``context`` "training") or judged by ("evaluation")."""
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(
+            name=name,
+            digest=digest[:36],
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(profile),
+        )
+        self._client.log_inputs(self.id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def folder(self, folder: Path, to: str) -> None:
+        """Keep a folder's files with the run."""
+        self._client.log_artifacts(self.id, str(folder), to)
+
+    def text(self, content: str, name: str) -> None:
+        """Keep a text with the run."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_text(content, encoding="utf-8")
+            parent = str(Path(name).parent)
+            self._client.log_artifact(self.id, str(path), None if parent == "." else parent)
+
+    def end(self, *, failed: bool = False) -> None:
+        """Close the run."""
+        self._client.set_terminated(self.id, RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep MLflow's and Alembic's migration chatter off the terminal while a new database is set up."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

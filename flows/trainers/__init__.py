@@ -1,0 +1,121 @@
+"""One protocol, four trainers: what turns a curated dataset into an adapter that an engine can serve.
+
+A trainer knows nothing of the store, MLflow or Prefect. It gets a `TrainingJob`, tells its progress to whoever asks, and
+leaves behind a folder named by its content. It may be killed at any moment: called again with the same job it resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from apprentice.config import TrainingSettings
+from apprentice.errors import TrainingError
+from apprentice.schema import Schema
+
+__all__ = ["Progress", "TrainedAdapter", "Trainer", "TrainingJob", "TrainingRow", "build_trainer", "read_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """One example to train on. ``repeat`` is how often an epoch shows it (recent disagreements: more than once)."""
+
+    id: str
+    input: Mapping[str, Any]
+    output: Mapping[str, Any]
+    repeat: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """Everything a trainer may know.
+
+    ``dataset`` is a JSON Lines file of rows; ``work`` keeps checkpoints between restarts; the finished adapter becomes
+    ``adapters/<content name>``. ``base_model`` is a name as in ``local.base_model``, relative paths starting at ``root``.
+    """
+
+    task: str
+    dataset: Path
+    output_schema: Schema
+    base_model: str
+    root: Path
+    work: Path
+    adapters: Path
+    settings: TrainingSettings
+    instructions: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training run is. ``loss`` is the mean over the answers' tokens of the last steps; None before the first."""
+
+    step: int
+    steps: int
+    loss: float | None
+    tokens: int
+    elapsed_s: float
+    validation_loss: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        """The share done, in [0, 1]."""
+        return self.step / self.steps if self.steps else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAdapter:
+    """What came out. ``name`` is the content hash of ``folder``; ``remote_model`` is set where a vendor keeps the weights.
+
+    ``recipe`` holds every choice that was made, ``toolchain`` the versions of what made them, ``left_out`` how many rows
+    were longer than ``max_length``.
+    """
+
+    name: str
+    folder: Path
+    base_model: str
+    trained_on: int
+    left_out: int
+    steps: int
+    tokens: int
+    wall_s: float
+    loss: float | None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    remote_model: str | None = None
+
+
+class Trainer(Protocol):
+    """Trains an adapter."""
+
+    def preflight(self, job: TrainingJob) -> None:
+        """Fail now, within seconds and before anything is spent. Raises `TrainingError`, `MissingExtra`, `ConfigError`."""
+
+    def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
+        """Train, or go on where a killed run stopped. Raises `TrainingError`; idempotent once it has returned."""
+
+
+def build_trainer(backend: str) -> Trainer:
+    """The trainer that ``local.fine_tune_backend`` names. What it needs is imported when it trains."""
+    match backend:
+        case "huggingface":
+            from flows.trainers.peft import PeftTrainer
+
+            return PeftTrainer()
+        case _:
+            raise TrainingError(f"there is no trainer {backend!r}; set local.fine_tune_backend to huggingface")
+
+
+def read_rows(path: Path) -> Iterator[TrainingRow]:
+    """The rows of a curated dataset, one at a time. Raises `TrainingError` where a line is damaged."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                yield TrainingRow(row["id"], row["input"], row["output"], row.get("repeat", 1))
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainingError(
+                    f"{path}:{number} is no training row ({error}); delete the file and run curate again"
+                ) from None

@@ -1,0 +1,165 @@
+"""The trainer of the default installation: PEFT's LoRA, in process, on a CPU or a GPU.
+
+A plain loop, made quick where a small model on a small machine spends its time: rows of like length share a batch, only the
+tokens that the model decides are projected onto the vocabulary, and the frozen lower layers run once instead of once
+an epoch (`Halves`). What it computes is otherwise what PEFT computes, and what it saves is what PEFT saves.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apprentice.errors import MissingExtra, TrainingError
+from apprentice.local.adapter import content_name
+from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
+from apprentice.local.frame import Frame
+from apprentice.local.skeleton import Skeleton
+from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
+from flows.trainers.encoding import encode
+from flows.trainers.recipe import Recipe, choose
+
+__all__ = ["PeftTrainer", "adopt", "toolchain"]
+
+
+class PeftTrainer:
+    """``local.fine_tune_backend: huggingface``."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
+    def preflight(self, job: TrainingJob) -> None:
+        """Packages, base model, disk. Raises `MissingExtra`, `ConfigError`, `TrainingError`."""
+        for package in ("torch", "transformers", "peft", "safetensors"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtra(f"training with PEFT ({package})", "embedded")
+        resolve_base_model(job.base_model, job.root, dequantise=False)
+        job.adapters.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(job.adapters).free
+        if free < 1 << 30:
+            raise TrainingError(f"{job.adapters} has {free >> 20} MB free; a training run needs 1024: make room")
+
+    def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
+        """Train, or go on at the last checkpoint. Raises `TrainingError` where there is nothing to learn from."""
+        import torch
+
+        # These two need torch, which is imported when something trains.
+        from flows.trainers.loop import Checkpoint, Loop
+
+        started = self._clock()
+        base = resolve_base_model(job.base_model, job.root)
+        model, tokenizer = load_model_and_tokenizer(base)
+        frame = Frame.of_tokenizer(tokenizer)
+        rows = list(read_rows(job.dataset))
+        skeleton = Skeleton.of(job.output_schema)
+        on_gpu = model.device.type == "cuda"
+        recipe = choose(job.settings, rows=len(rows), layers=model.config.num_hidden_layers, on_gpu=on_gpu)
+        spared = set(random.Random(recipe.seed).sample(range(len(rows)), recipe.validation))
+        encoded, left_out = encode(
+            (row for i, row in enumerate(rows) if i not in spared), tokenizer, frame, skeleton, job.settings.max_length
+        )
+        validation, too_long = encode(
+            (replace(rows[i], repeat=1) for i in sorted(spared)), tokenizer, frame, skeleton, job.settings.max_length
+        )
+        left_out += too_long
+        if not encoded:
+            raise TrainingError(
+                f"task {job.task!r} has no row to train on: {len(rows)} rows, {left_out} of them longer than "
+                f"local.training.max_length ({job.settings.max_length} tokens); raise it"
+            )
+        torch.manual_seed(recipe.seed)
+        lora = _with_lora(model, recipe, base.name)
+        loop = Loop(recipe, encoded, validation, lora, model, progress, self._clock)
+        outcome = loop.run(Checkpoint(_made(job.work) / "checkpoint.pt", job.dataset.name, recipe))
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=_made(job.adapters)) as folder:
+            _save(lora, Path(folder), base.name)
+            frame.save(Path(folder))
+            adapter = adopt(Path(folder), job.adapters)
+        return TrainedAdapter(
+            name=adapter.name,
+            folder=adapter,
+            base_model=base.name,
+            trained_on=len(rows) - left_out,
+            left_out=left_out,
+            steps=outcome.steps,
+            tokens=outcome.tokens,
+            wall_s=self._clock() - started,
+            loss=outcome.loss,
+            recipe={**recipe.as_dict(), "padding": round(outcome.padding, 4), "stopped_early": outcome.stopped_early},
+            toolchain=toolchain("torch", "transformers", "peft", "safetensors"),
+        )
+
+
+def _with_lora(model: Any, recipe: Recipe, base_name: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    layers = model.config.num_hidden_layers
+    partial = recipe.trained_layers < layers
+    lora = get_peft_model(
+        model,
+        LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+            target_modules=list(recipe.target_modules),
+            layers_to_transform=list(range(layers - recipe.trained_layers, layers)) if partial else None,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if not any(p.requires_grad for p in lora.parameters()):
+        raise TrainingError(
+            f"{base_name} has none of the layers {', '.join(recipe.target_modules)}; set local.training.target_modules"
+        )
+    return lora
+
+
+def _save(lora: Any, folder: Path, base_name: str) -> None:
+    """What PEFT saves, less its blank model card, and with the base model's name: its path means nothing elsewhere."""
+    # The embeddings are never trained; left to find that out, PEFT asks the hub.
+    lora.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
+    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def adopt(folder: Path, adapters: Path) -> Path:
+    """Copy a finished adapter folder to ``adapters/<content name>``, which appears whole or not at all."""
+    target = adapters / content_name(folder)
+    if not target.is_dir():
+        beside = Path(tempfile.mkdtemp(prefix=".adopt-", dir=adapters))
+        try:
+            shutil.copytree(folder, beside, dirs_exist_ok=True)
+            beside.chmod(0o755)
+            beside.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another worker was quicker: the same name is the same content
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def toolchain(*packages: str) -> dict[str, str]:
+    """The exact versions that a run was made with."""
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

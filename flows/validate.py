@@ -1,0 +1,239 @@
+"""Step 3: answer the held-out examples in the engine that will serve, and compare with the champion."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from apprentice.confidence.correlation import Tally, chance
+from apprentice.errors import EvaluatorError, OutputError, TrainingError
+from apprentice.local.engine import Engine, LocalAnswer, Version
+from apprentice.schema import Schema
+from apprentice.store.records import RunRecord
+from flows.dataset import load_dataset, write_whole
+from flows.runs import run_of
+from flows.steps import Answered, Trained, Validated, read_result, write_result
+from flows.trainers import read_rows
+from flows.workshop import Workshop, workshop
+
+__all__ = ["validate", "validate_run"]
+
+_CHUNK = 32
+_PROBES = 24
+_BASE = "base-of-"
+
+
+@flow(name="validate", log_prints=False, retries=1, retry_delay_seconds=5)
+def validate(config: str, task: str, run: str) -> float:
+    """Judge a run's candidate on the held-out examples; returns its correlation with the remote."""
+    with workshop(config) as shop:
+        result = validate_run(shop, run_of(shop, task, run))
+    rows: list[dict[str, Any]] = [
+        {"figure": "agreement", "value": result.agreement, "low": result.agreement_low, "high": result.agreement_high},
+        {
+            "figure": "correlation",
+            "value": result.correlation,
+            "low": result.correlation_low,
+            "high": result.correlation_high,
+        },
+        *({"figure": name, "value": value, "low": None, "high": None} for name, value in result.fields.items()),
+    ]
+    create_table_artifact(rows, key=f"held-out-{task.replace('_', '-')}", description="On the held-out examples")
+    return result.correlation
+
+
+def validate_run(shop: Workshop, run: RunRecord) -> Validated:
+    """Answer the held-out set with the candidate (and the champion, where it has not), and work out the figures."""
+    bench = shop.bench(run)
+    known = read_result(bench, "validated")
+    if known is not None:
+        return Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
+    shop.store.update_run(run.id, step="validate")
+    trained = Trained(**_needed(bench))
+    rows = list(read_rows(load_dataset(shop.datasets(run.task), run.data_digest).held_out))
+    schema = shop.task(run.task).output_schema
+    evaluate = shop.judge.evaluator(run.task)
+    engine = shop.engine
+    engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model))
+    started = time.monotonic()
+    inputs = [row.input for row in rows]
+    answers = _answer_all(engine, trained.version, inputs, lambda done: shop.progress("validate", done))
+    rate = len(rows) / max(time.monotonic() - started, 1e-9)
+    champion = shop.store.policy_row(run.task).champion
+    champion_scores: dict[str, float] = {}
+    if champion is not None and champion != trained.version:
+        champion_scores = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
+    judged: list[Answered] = []
+    for row, answer in zip(rows, answers, strict=True):
+        if isinstance(answer, LocalAnswer):
+            try:
+                score, parts = evaluate(answer.output, row.output)
+            except EvaluatorError:
+                continue  # it says nothing about the candidate
+            local, confidence = dict(answer.output), answer.confidence
+        else:
+            score, parts, local, confidence = None, {}, None, None
+        judged.append(
+            Answered(row.id, local, dict(row.output), score, dict(parts), confidence, champion_scores.get(row.id))
+        )
+    active, reproduced, notes = _probe(engine, trained, run.task, schema, inputs, answers)
+    result = _figures(judged, evaluate, trained.version, champion, active, reproduced, rate, notes)
+    tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
+    tracked.metrics(
+        {
+            "held_out_agreement": result.agreement,
+            "held_out_agreement_low": result.agreement_low,
+            "held_out_correlation": result.correlation,
+            "held_out_correlation_low": result.correlation_low,
+            "schema_validity": sum(a.score is not None for a in judged) / max(1, len(judged)),
+            "answers_per_s": rate,
+            **{f"held_out_agreement.{name}": value for name, value in result.fields.items()},
+        },
+        at_s=shop.clock(),
+    )
+    write_result(bench, "validated", result)
+    return result
+
+
+def _needed(bench: Path) -> dict[str, Any]:
+    trained = read_result(bench, "trained")
+    if trained is None:
+        raise TrainingError(f"{bench} holds no trained version; run finetune first")
+    return trained
+
+
+def _folder(trained: Trained) -> Path | None:
+    return None if trained.remote_model else Path(trained.folder)
+
+
+def _answer_all(
+    engine: Engine, version: str, inputs: Sequence[Mapping[str, Any]], progress: Callable[[float], None]
+) -> list[LocalAnswer | Exception]:
+    """Answer in chunks. An engine that is down is no finding about a candidate: its error is raised."""
+    answers: list[LocalAnswer | Exception] = []
+    for start in range(0, len(inputs), _CHUNK):
+        for answer in engine.answer_many(version, inputs[start : start + _CHUNK]):
+            if isinstance(answer, Exception) and not isinstance(answer, OutputError):
+                raise answer
+            answers.append(answer)
+        progress(len(answers) / len(inputs))
+    return answers
+
+
+def _champion_scores(
+    shop: Workshop, task: str, champion: str, rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
+) -> dict[str, float]:
+    """The champion's score on each held-out example; most are known, from shadowing and from its own gate."""
+    rows = list(rows)
+    evaluate = shop.judge.evaluator(task)
+    remote = {row_id: output for row_id, _, output in rows}
+    known = {
+        c.request_id: c.score
+        for c in shop.store.comparisons(task, version=champion, limit=100_000)
+        if c.score is not None and remote.get(c.request_id) == c.remote
+    }
+    missing = [(row_id, value, output) for row_id, value, output in rows if row_id not in known]
+    if missing:
+        record = shop.store.version(task, champion)
+        if record is None:
+            raise TrainingError(f"the store holds no version {champion!r}, the champion of {task!r}; was it deleted?")
+        adapter = Path(record.adapter) if record.adapter and not record.remote_model else None
+        schema = shop.task(task).output_schema
+        shop.engine.load(Version(champion, task, adapter, schema, record.remote_model))
+        answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
+        for (row_id, _, output), answer in zip(missing, answers, strict=True):
+            known[row_id] = evaluate(answer.output, output).score if isinstance(answer, LocalAnswer) else 0.0
+    return {row_id: known[row_id] for row_id in remote}
+
+
+def _probe(
+    engine: Engine,
+    trained: Trained,
+    task: str,
+    schema: Schema,
+    inputs: Sequence[Mapping[str, Any]],
+    answers: Sequence[LocalAnswer | Exception],
+) -> tuple[bool, float, list[str]]:
+    """Whether the loaded adapter changes the base model's answers, and the share of answers given alike twice.
+
+    The answers are kept in probe.json beside the adapter: every engine that loads it later must give them again.
+    """
+    chosen = [
+        (value, answer.output) for value, answer in zip(inputs, answers, strict=True) if isinstance(answer, LocalAnswer)
+    ]
+    chosen = random.Random(trained.version).sample(chosen, min(_PROBES, len(chosen)))
+    again = engine.answer_many(trained.version, [value for value, _ in chosen])
+    same = sum(
+        isinstance(second, LocalAnswer) and second.output == output
+        for (_, output), second in zip(chosen, again, strict=True)
+    )
+    reproduced = same / len(chosen) if chosen else 0.0
+    if trained.remote_model:
+        return True, reproduced, ["served by its vendor: the base model's answers were not compared"]
+    base = Version(f"{_BASE}{task}", task, None, schema)
+    engine.load(base)
+    try:
+        untrained = engine.answer_many(base.name, [value for value, _ in chosen])
+    finally:
+        engine.unload(base.name)
+    probes = [
+        {
+            "input": dict(value),
+            "output": output,
+            "base_output": first.output if isinstance(first, LocalAnswer) else None,
+        }
+        for (value, output), first in zip(chosen, untrained, strict=True)
+    ]
+    write_whole(Path(trained.folder) / "probe.json", json.dumps(probes, ensure_ascii=False, indent=1) + "\n")
+    changed = sum(probe["output"] != probe["base_output"] for probe in probes)
+    return changed > 0, reproduced, [f"{changed} of {len(probes)} probe answers differ from the base model's"]
+
+
+def _figures(
+    judged: Sequence[Answered],
+    evaluate: Callable[[Any, Any], Any],
+    version: str,
+    champion: str | None,
+    active: bool,
+    reproduced: float,
+    rate: float,
+    notes: list[str],
+) -> Validated:
+    """Agreement and correlation, with intervals, over the answers within the schema."""
+    scored = [a for a in judged if a.score is not None and a.local is not None]
+    reference = [(a.local, a.remote) for a in scored]
+    draw = random.Random(version)
+    tally = Tally()
+    fields: dict[str, list[float]] = {}
+    for a in scored:
+        expected, _ = chance(a.local, a.remote, reference, evaluate, draw)
+        tally.add(a.score or 0.0, expected)
+        for name, part in a.parts.items():
+            fields.setdefault(name, []).append(part)
+    agreement, correlation = tally.agreement_estimate(), tally.correlation_estimate()
+    if agreement is None or correlation is None:
+        nothing = (0.0, 0.0, 0.0)
+        return Validated(version, champion, list(judged), *nothing, *nothing, {}, active, reproduced, rate, notes)
+    return Validated(
+        version=version,
+        champion=champion,
+        answers=list(judged),
+        correlation=correlation.value,
+        correlation_low=correlation.low,
+        correlation_high=correlation.high,
+        agreement=agreement.value,
+        agreement_low=agreement.low,
+        agreement_high=agreement.high,
+        fields={name: sum(parts) / len(parts) for name, parts in fields.items()},
+        active=active,
+        reproduced=reproduced,
+        answers_per_s=rate,
+        notes=notes,
+    )

@@ -1,0 +1,125 @@
+"""What a training run has at hand: settings, store, judge, tracking, engine, and the folder it works in.
+
+Flows take only plain parameters (a config's path, a task, a run), so that each can be started from the Prefect UI. In
+process, `at_hand` lends them what the caller has already: the very engine that serves, the settings as they stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apprentice.alerts import Alerts
+from apprentice.config import Settings, TaskSettings, load_settings
+from apprentice.judge import Judge
+from apprentice.local.engine import Engine
+from apprentice.store import Store
+from apprentice.store.records import RunRecord
+
+if TYPE_CHECKING:
+    from flows.tracking import Tracking
+
+__all__ = ["Workshop", "at_hand", "workshop"]
+
+_lent: ContextVar[Workshop | None] = ContextVar("workshop", default=None)
+
+
+@dataclass
+class Workshop:
+    """Everything the steps of a training run share. ``progress`` hears of each step: its name and the share done."""
+
+    settings: Settings
+    store: Store
+    engine_in_use: Engine | None = None
+    clock: Callable[[], float] = time.time
+    progress: Callable[[str, float], None] = lambda _step, _done: None
+    _own: list[Callable[[], None]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, settings: Settings, **given: Any) -> Workshop:
+        """Open the store; everything else is opened when it is first used."""
+        store = Store.open(settings.store_url, clock=given.get("clock", time.time))
+        store.ensure_tasks(task.name for task in settings.tasks)
+        shop = cls(settings, store, **given)
+        shop._own.append(store.close)
+        return shop
+
+    def task(self, name: str) -> TaskSettings:
+        """A task's settings."""
+        return self.settings.task(name)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Who carries promotions into the trust state."""
+        alerts = Alerts(self.store, self.clock, self.settings.alerts.webhook)
+        return Judge(self.settings, self.store, alerts, self.clock, random.Random())
+
+    @cached_property
+    def tracking(self) -> Tracking:
+        """MLflow."""
+        from flows.tracking import Tracking, quiet
+
+        with quiet():
+            return Tracking(self.settings)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that serves, else one of its kind."""
+        if self.engine_in_use is not None:
+            return self.engine_in_use
+        from apprentice.local import build_engine  # loads what serves, which only a worker of its own needs
+
+        engine = build_engine(self.settings.local, self.settings.root)
+        self._own.append(engine.close)
+        return engine
+
+    def adapters(self, task: str) -> Path:
+        """Where a task's adapters lie, each in a folder named by its content."""
+        return self.settings.model_dir / task
+
+    def datasets(self, task: str) -> Path:
+        """Where a task's curated datasets lie."""
+        return self.settings.model_dir / task / "data"
+
+    def bench(self, run: RunRecord) -> Path:
+        """The folder of one training run: checkpoints, and what each step left for the next."""
+        folder = self.settings.model_dir / run.task / "runs" / run.id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def close(self) -> None:
+        """Release what was opened here, not what was lent."""
+        while self._own:
+            self._own.pop()()
+
+
+@contextlib.contextmanager
+def at_hand(shop: Workshop) -> Iterator[Workshop]:
+    """Lend a workshop to every flow that runs inside."""
+    token = _lent.set(shop)
+    try:
+        yield shop
+    finally:
+        _lent.reset(token)
+
+
+@contextlib.contextmanager
+def workshop(config: str) -> Iterator[Workshop]:
+    """The workshop that was lent, else one opened from a config file for as long as it is needed."""
+    lent = _lent.get()
+    if lent is not None:
+        yield lent
+        return
+    shop = Workshop.open(load_settings(config))
+    try:
+        with at_hand(shop):
+            yield shop
+    finally:
+        shop.close()
