@@ -1,8 +1,8 @@
 """From every kept example to a dataset: duplicates, conflicts, the held-out split, oversampling. No Prefect, no MLflow.
 
-Examples are streamed three times and never held: what is kept of each is a few numbers. The split is decided by the first
-example of a group of near duplicates, by a salted hash of its text, when it arrives: later examples change nothing of it. So
-an example is held out forever or never, in every run, for every version.
+Examples are streamed three times and never held: what is kept of each is a few numbers. The split is decided by the
+first example of a group of near duplicates, by a salted hash of its text, when it arrives: later examples change
+nothing of it. So an example is held out forever or never, in every run, for every version.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ def training_due(
 ) -> str | None:
     """Why training is due now, in words; None where it is not.
 
-    The first run is due at ``first_at`` examples. Later ones are due when ``batch`` new examples have come and the corpus
-    grew by the share ``growth``: runs then cost together at most (1 + growth) / growth times the last one, so the bill
-    stays linear in the traffic. An escalation is due at once, provided there is anything new to learn from. While
-    nothing is promoted, half the growth is enough: the first version is worth the most.
+    The first run is due at ``first_at`` examples. Later ones are due when ``batch`` new examples have come and the
+    corpus grew by the share ``growth``: runs then cost together at most (1 + growth) / growth times the last one, so
+    the bill stays linear in the traffic. An escalation is due at once, provided there is anything new to learn from.
+    While nothing is promoted, half the growth is enough: the first version is worth the most.
     """
     if last is None:
         return f"{examples} examples, {first_at} needed for the first run" if examples >= first_at else None

@@ -1,9 +1,10 @@
 """Finding inputs that were seen before, exactly or nearly, among a million, in bounded memory.
 
-Exact duplicates share the hash of their normalised text. Near duplicates are found by MinHash signatures of word shingles
-(Broder 1997; datasketch computes them) and banding (Leskovec et al., Mining of Massive Datasets, 3.4): two texts whose
-shingle sets overlap by 0.85 (Jaccard) share at least one of 8 bands of 8 values with probability 0.92, and every candidate
-is checked against the whole signature. The tables are flat arrays of machine integers: about 500 bytes an input.
+Exact duplicates share the hash of their normalised text. Near duplicates are found by MinHash signatures of word
+shingles (Broder 1997; datasketch computes them) and banding (Leskovec et al., Mining of Massive Datasets, 3.4): two
+texts whose shingle sets overlap by 0.85 (Jaccard) share at least one of 8 bands of 8 values with probability 0.92,
+and every candidate is checked against the whole signature. The tables are flat arrays of machine integers: about 500
+bytes an input.
 """
 
 from __future__ import annotations

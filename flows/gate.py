@@ -1,15 +1,18 @@
 """The gate: whether a candidate becomes champion. Pure.
 
-A candidate must answer within its schema, be better than chance, and not be worse than the champion it replaces. The last
-is a paired, one-sided test on the held-out examples that both answered.
+A candidate must answer within its schema, be better than chance, and not be worse than the champion it replaces. The
+last is a paired, one-sided test on the held-out examples that both answered.
 
 **The test.** Let d_i = candidate's score - champion's score on example i. The candidate passes when a one-sided lower
-confidence bound of mean(d) lies above -margin: mean(d) - z * se > -margin. Whatever the sample, at most ``ERROR_RATE`` of the
-candidates that are exactly the margin worse pass, and fewer of those that are worse still. With the default margin of one
-point, 9 % is the level at which both demands on the gate are met on 400 examples even where candidate and champion err
-independently, which is the least that can be known of them: of candidates two points worse 4 % pass, of those three
-points better 62 %. Candidates that share the champion's base and most of its data differ from it on fewer examples, and the
-gate then sees more sharply: 2 % and 90 % (tests/flows/test_gate.py simulates both).
+confidence bound of mean(d) lies above -margin: mean(d) - z * se > -margin. Whatever the sample, at most
+``ERROR_RATE`` of the candidates that are exactly the margin worse pass, and fewer of those that are worse still. With
+the default margin of one point, 9 % is the level at which both demands on the gate are met on 400 examples even where
+candidate and champion err independently, which is the least that can be known of them: of candidates two points worse
+4 % pass, of those three points better 62 %. Candidates that share the champion's base and most of its data differ
+from it on fewer examples, and the gate then sees more sharply: 2 % and 90 % (tests/flows/test_gate.py simulates both).
+
+While the champion is only being shadowed and fewer than 400 examples are held out, a wrong promotion costs little and a
+right one refused costs a training run: `allowed_error` then lets 9 % grow to 30 %.
 
 The variance is taken under the null, mean(d) = -m (a score test), with half an example of each direction added: without
 either, ten identical answers would have se = 0 and any candidate would pass.
@@ -22,10 +25,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-__all__ = ["Check", "Evidence", "Pair", "Verdict", "decide", "paired_bound"]
+__all__ = ["Check", "Evidence", "Pair", "Verdict", "allowed_error", "decide", "paired_bound"]
 
 VALIDITY = 0.98
-ERROR_RATE = 0.09
+ERROR_RATE, MOST_ERROR = 0.09, 0.30
+ENOUGH = 400  # held-out examples from which a champion that only shadows is protected like one that serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,10 @@ class Pair:
 class Evidence:
     """All that the gate looks at.
 
-    ``valid`` of ``answered`` held-out inputs got an answer within the schema. ``correlation`` and its one-sided 95 % lower
-    bound are those of the candidate on the held-out examples; ``pairs`` is None where there is no champion. ``active`` is
-    whether the loaded adapter changes the base model's answers, ``reproduced`` the share of probe answers given again.
+    ``valid`` of ``answered`` held-out inputs got an answer within the schema. ``correlation`` and its one-sided 95 %
+    lower bound are those of the candidate on the held-out examples; ``pairs`` is None where there is no champion.
+    ``active`` is whether the loaded adapter changes the base model's answers, ``reproduced`` the share of probe
+    answers given again.
     """
 
     answered: int
@@ -81,7 +86,7 @@ class Verdict:
         return {check.name: check.value for check in self.checks}
 
 
-def decide(evidence: Evidence, *, coaching_trigger: float, margin: float, error_rate: float = ERROR_RATE) -> Verdict:
+def decide(evidence: Evidence, *, coaching_trigger: float, margin: float) -> Verdict:
     """Hold a candidate to every condition of DESIGN section 5."""
     if evidence.answered == 0:
         return Verdict(False, "there are no held-out examples to judge by")
@@ -96,12 +101,20 @@ def decide(evidence: Evidence, *, coaching_trigger: float, margin: float, error_
         enough = evidence.correlation > coaching_trigger
         checks.append(Check("correlation", evidence.correlation, coaching_trigger, enough))
     if evidence.pairs is not None:
-        bound = paired_bound(evidence.pairs, margin=margin, error_rate=error_rate)
+        allowed = allowed_error(len(evidence.pairs), serving=evidence.serving)
+        bound = paired_bound(evidence.pairs, margin=margin, error_rate=allowed)
         checks.append(Check("not_worse_than_champion", bound, -margin, bound > -margin))
     failed = [check for check in checks if not check.passed]
     if failed:
         return Verdict(False, "; ".join(str(check) for check in failed), tuple(checks))
     return Verdict(True, "passed: " + "; ".join(str(check) for check in checks), tuple(checks))
+
+
+def allowed_error(pairs: int, *, serving: bool) -> float:
+    """The share of candidates exactly the margin worse than the champion that may pass."""
+    if serving or pairs == 0:
+        return ERROR_RATE
+    return min(max(ERROR_RATE, ERROR_RATE * ENOUGH / pairs), MOST_ERROR)
 
 
 def paired_bound(pairs: Sequence[Pair], *, margin: float, error_rate: float = ERROR_RATE) -> float:

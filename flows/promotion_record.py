@@ -37,7 +37,8 @@ def promotion_record(
         "| | value | 95 % interval |",
         "| --- | ---: | --- |",
         f"| agreement | {validated.agreement:.4f} | {validated.agreement_low:.4f} to {validated.agreement_high:.4f} |",
-        f"| correlation | {validated.correlation:.4f} | {validated.correlation_low:.4f} to {validated.correlation_high:.4f} |",
+        f"| correlation | {validated.correlation:.4f} | "
+        f"{validated.correlation_low:.4f} to {validated.correlation_high:.4f} |",
         *(f"| {name} | {value:.4f} | |" for name, value in validated.fields.items()),
         "",
         f"Compared with champion {validated.champion}." if validated.champion else "There was no champion before it.",

@@ -1,6 +1,7 @@
 """What each step of a training run leaves behind for the next, in the run's folder.
 
-A step's result is a JSON file that appears whole when the step is done. A resumed run finds it and goes on with the next.
+A step's result is a JSON file that appears whole when the step is done. A resumed run finds it and goes on with the
+next.
 """
 
 from __future__ import annotations

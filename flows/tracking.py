@@ -1,8 +1,9 @@
 """Everything MLflow: runs, datasets, adapters, registered models, aliases.
 
 MLflow is where an ML engineer reads what was trained on what and how it fared, and where a version is promoted or
-rolled back by hand. Nothing on the path of a request depends on it. Every write here can be repeated: runs are found again by the
-store's run id, versions by the adapter's content hash, so a flow that was killed half-way leaves no second of anything.
+rolled back by hand. Nothing on the path of a request depends on it. Every write here can be repeated: runs are found
+again by the store's run id, versions by the adapter's content hash, so a flow that was killed half-way leaves no
+second of anything.
 """
 
 from __future__ import annotations

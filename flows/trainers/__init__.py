@@ -1,7 +1,8 @@
 """One protocol, four trainers: what turns a curated dataset into an adapter that an engine can serve.
 
-A trainer knows nothing of the store, MLflow or Prefect. It gets a `TrainingJob`, tells its progress to whoever asks, and
-leaves behind a folder named by its content. It may be killed at any moment: called again with the same job it resumes.
+A trainer knows nothing of the store, MLflow or Prefect. It gets a `TrainingJob`, tells its progress to whoever asks,
+and leaves behind a folder named by its content. It may be killed at any moment: called again with the same job it
+resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class TrainingJob:
     """Everything a trainer may know.
 
     ``dataset`` is a JSON Lines file of rows; ``work`` keeps checkpoints between restarts; the finished adapter becomes
-    ``adapters/<content name>``. ``base_model`` is a name as in ``local.base_model``, relative paths starting at ``root``.
+    ``adapters/<content name>``. ``base_model`` is a name as in ``local.base_model``, relative paths starting at
+    ``root``.
     """
 
     task: str
@@ -50,7 +52,7 @@ class TrainingJob:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a training run is. ``loss`` is the mean over the answers' tokens of the last steps; None before the first."""
+    """How far a training run is. ``loss`` is the mean over decided tokens of the last steps; None before the first."""
 
     step: int
     steps: int
@@ -67,10 +69,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class TrainedAdapter:
-    """What came out. ``name`` is the content hash of ``folder``; ``remote_model`` is set where a vendor keeps the weights.
+    """What came out. ``name`` is the content hash of ``folder``; ``remote_model`` is set where a vendor keeps the
+    weights.
 
-    ``recipe`` holds every choice that was made, ``toolchain`` the versions of what made them, ``left_out`` how many rows
-    were longer than ``max_length``.
+    ``recipe`` holds every choice that was made, ``toolchain`` the versions of what made them, ``left_out`` how many
+    rows were longer than ``max_length``.
     """
 
     name: str
@@ -91,7 +94,7 @@ class Trainer(Protocol):
     """Trains an adapter."""
 
     def preflight(self, job: TrainingJob) -> None:
-        """Fail now, within seconds and before anything is spent. Raises `TrainingError`, `MissingExtra`, `ConfigError`."""
+        """Fail within seconds, before anything is spent. Raises `TrainingError`, `MissingExtra`, `ConfigError`."""
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Train, or go on where a killed run stopped. Raises `TrainingError`; idempotent once it has returned."""

@@ -1,8 +1,8 @@
 """The trainer of the default installation: PEFT's LoRA, in process, on a CPU or a GPU.
 
-A plain loop, made quick where a small model on a small machine spends its time: rows of like length share a batch, only the
-tokens that the model decides are projected onto the vocabulary, and the frozen lower layers run once instead of once
-an epoch (`Halves`). What it computes is otherwise what PEFT computes, and what it saves is what PEFT saves.
+A plain loop, made quick where a small model on a small machine spends its time: rows of like length share a batch,
+only the tokens that the model decides are projected onto the vocabulary, and the frozen lower layers run once instead
+of once an epoch (`Halves`). What it computes is otherwise what PEFT computes, and what it saves is what PEFT saves.
 """
 
 from __future__ import annotations

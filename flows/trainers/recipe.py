@@ -1,7 +1,7 @@
 """How to train, chosen from how much there is to learn from and what it is learnt on.
 
-Every number that the configuration leaves open is decided here and nowhere else; docs/training.md shows the measurements
-behind them.
+Every number that the configuration leaves open is decided here and nowhere else; docs/training.md shows the
+measurements behind them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SMALLEST_VALIDATION = 400  # examples below which none is spared for early stop
 class Recipe:
     """Every choice of a training run.
 
-    Adapters are trained on the upper ``trained_layers`` layers (all where it equals the model's): those below are frozen
-    and compute the same in every epoch, so they are computed once, and no gradient goes through them.
+    Adapters are trained on the upper ``trained_layers`` layers (all where it equals the model's): those below are
+    frozen and compute the same in every epoch, so they are computed once, and no gradient goes through them.
     ``validation`` is how many rows of the training side are kept for early stopping.
     """
 
