@@ -24,17 +24,14 @@ that suit it dominate, and a model barely better than its target (which the smal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-__all__ = ["LAMBDAS", "PRIOR", "Wager", "excess", "stakes"]
+__all__ = ["LAMBDAS", "LOG_PRIOR", "PRIOR", "excess", "log_stakes", "wealth"]
 
 LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 PRIOR = (0.02, 0.03, 0.06, 0.12, 0.18, 0.22, 0.22, 0.15)
-
-# Between these a product of factors loses no digit that matters: 1e-30 is never won back within any stream, and
-# capital beyond 1e12 certifies under every share of delta there is. Throwing capital away keeps a supermartingale one.
-_FLOOR = 1e-30
-_CEILING = 1e12
+LOG_PRIOR = tuple(math.log(share) for share in PRIOR)
 
 
 def excess(score: float, chance: float, *, correlation: float, max_disagreement: float | None) -> float:
@@ -47,38 +44,16 @@ def excess(score: float, chance: float, *, correlation: float, max_disagreement:
     return (1.0 - correlation) * (1.0 - chance) - (1.0 - score)
 
 
-def stakes(x: float, weight: float = 1.0) -> list[float]:
-    """The factors 1 + lambda * weight * x, one for each size of bet."""
+def log_stakes(x: float, weight: float = 1.0) -> list[float]:
+    """log(1 + lambda * weight * x) for each size of bet; ``x`` >= -1 and ``weight`` in [0, 1]."""
     wx = weight * x
-    return [1.0 + size * wx for size in LAMBDAS]
+    log1p = math.log1p
+    return [log1p(size * wx) for size in LAMBDAS]
 
 
-class Wager:
-    """One betting process: the capital behind each size of bet, and the most the whole was ever worth.
-
-    ``peak >= 1 / delta`` rejects "the target is missed" with error at most delta.
-    """
-
-    __slots__ = ("capital", "peak")
-
-    def __init__(self, capital: Sequence[float] = PRIOR, peak: float = 1.0) -> None:
-        self.capital = list(capital)
-        self.peak = peak
-
-    def bet(self, factors: Sequence[float]) -> float:
-        """Multiply by ``stakes(x, w)``; returns the wealth afterwards."""
-        capital = [held * factor for held, factor in zip(self.capital, factors, strict=True)]
-        wealth = sum(capital)
-        if wealth > self.peak:
-            self.peak = wealth
-            if wealth > _CEILING:
-                capital = [held * (_CEILING / wealth) for held in capital]
-        elif min(capital) < _FLOOR:
-            capital = [max(held, _FLOOR) for held in capital]
-        self.capital = capital
-        return wealth
-
-    @property
-    def wealth(self) -> float:
-        """What the capital is worth now; 1.0 at the start."""
-        return sum(self.capital)
+def wealth(log_capital: Sequence[float]) -> float:
+    """What the capital behind all sizes of bet is worth together; 1.0 for LOG_PRIOR. Infinity where it overflows."""
+    try:
+        return sum(map(math.exp, log_capital))
+    except OverflowError:
+        return math.inf

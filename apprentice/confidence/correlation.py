@@ -145,20 +145,18 @@ def chance(
     """The chance score of one comparison, and that of each of its parts.
 
     ``reference`` holds (local, remote) answers to other requests, at least one; ``evaluate`` returns (score, parts).
-    Costs 2 * ``draws`` evaluations, whatever the window. Errors of ``evaluate`` pass through.
+    The draw is systematic: every n-th answer from a random start, which spreads over the whole window and costs one
+    random number. Costs 2 * ``draws`` evaluations, whatever the window. Errors of ``evaluate`` pass through.
     """
-    size = len(reference)
-    uniform = draw.random
+    stride = max(1, len(reference) // draws)
+    drawn = reference[int(draw.random() * stride) :: stride][:draws]
     total = 0.0
     parts: dict[str, float] = {}
-    for _ in range(draws):
-        score, of_parts = evaluate(local, reference[int(uniform() * size)][1])
-        total += score
-        for name, part in of_parts.items():
-            parts[name] = parts.get(name, 0.0) + part
-        score, of_parts = evaluate(reference[int(uniform() * size)][0], remote)
-        total += score
-        for name, part in of_parts.items():
-            parts[name] = parts.get(name, 0.0) + part
-    count = 2.0 * draws
+    for other_local, other_remote in drawn:
+        for score, of_parts in (evaluate(local, other_remote), evaluate(other_local, remote)):
+            total += score
+            if of_parts:
+                for name, part in of_parts.items():
+                    parts[name] = parts.get(name, 0.0) + part
+    count = 2.0 * len(drawn)
     return total / count, {name: part / count for name, part in parts.items()}

@@ -21,7 +21,6 @@ __all__ = ["Change", "ChangeKind", "Detector", "Guard", "name_change"]
 # As fractions of the largest admissible bet 1 / (1 - m0).
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 MIXTURE = (0.1, 0.2, 0.25, 0.25, 0.15, 0.05)
-_CEILING = 1e12
 
 
 class ChangeKind(StrEnum):
@@ -55,10 +54,12 @@ class Detector:
     def add(self, score: float, weight: float = 1.0) -> bool:
         """Count one score; whether this is an alarm."""
         y = weight * (self.level - score) / max(1e-6, 1.0 - self.level)
-        self.sums = [
-            min(_CEILING, (held + 1.0) * (1.0 + size * y)) for held, size in zip(self.sums, FRACTIONS, strict=True)
+        self.sums = sums = [
+            (held + 1.0) * factor
+            for held, factor in zip(self.sums, [1.0 + size * y for size in FRACTIONS], strict=True)
         ]
-        return self.value >= self.arl
+        # The mixture never exceeds its largest part, which is quicker to look at.
+        return max(sums) >= self.arl and self.value >= self.arl
 
     @property
     def value(self) -> float:

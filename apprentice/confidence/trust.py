@@ -82,7 +82,7 @@ class TrustSettings:
     """Mean number of spot checks to a false alarm of the guard, at least."""
     warm_up: int = 40
     """Comparisons whose confidences set the thresholds, where the gate's are fewer."""
-    min_evidence: int = 20
+    min_evidence: int = 50
     """Comparisons of the served slice below which neither coaching nor an emergency is declared."""
     hysteresis: float = 0.03
     """How far above the trigger the correlation must be for coaching to end."""
@@ -400,7 +400,6 @@ class Trust:
             events += self._open(evaluate, draw)
             if attempts > 1 and self.slices is not None:
                 self.slices.hedge(1.0 / attempts)
-                self.slices.settle()
         certified = self.slices is not None and self.slices.certified is not None
         if before is Phase.SERVE and certified:
             self.phase, self.rate = Phase.SERVE, rate
@@ -481,8 +480,10 @@ class Trust:
         waiting, self.pending = self.pending, []
         seen: list[_Seen] = []
         events = []
+        answers = [(pending.local, pending.remote) for pending in waiting] * 2
+        span = min(len(waiting) - 1, self.settings.window_size)
         for i, pending in enumerate(waiting):
-            others = [(other.local, other.remote) for j, other in enumerate(waiting) if j != i]
+            others = answers[i + 1 : i + 1 + span]
             try:
                 c, chances = chance(pending.local, pending.remote, others, evaluate, draw)
             except EvaluatorError as error:
@@ -622,8 +623,8 @@ class Trust:
             "threshold": self.threshold,
             "coverage": round(self.slices.share(k), 4),
             "agreement": _rounded(self.slices.agreement(k)),
-            "comparisons": round(self.slices.weights[k], 1),
-            "wealth": round(self.slices.wagers[k].peak, 2),
+            "comparisons": round(self.slices.weight(k), 1),
+            "wealth": float(f"{self.slices.peaks[k]:.4g}"),
             "delta": self.settings.delta,
         }
         events = [Event(EventKind.CERTIFIED, evidence)]
@@ -635,7 +636,7 @@ class Trust:
     def _set_guard(self, k: int) -> None:
         """Hold the slice to what is certified, or to what it was seen to do beyond doubt, whichever is more."""
         assert self.slices is not None
-        weight = self.slices.weights[k]
+        weight = self.slices.weight(k)
         agreement = self.slices.agreement(k)
         if self.settings.max_disagreement is not None:
             promised = 1.0 - self.settings.max_disagreement
@@ -689,7 +690,7 @@ class Trust:
         if self.guard is not None and self.slices is not None and self.slices.certified is not None:
             k = self.slices.certified
             # Look again at each doubling of the evidence, and only ever raise the bar.
-            if not self.alarmed and self.slices.weights[k] >= 2.0 * max(self.guard_weight, 50.0):
+            if not self.alarmed and self.slices.weight(k) >= 2.0 * max(self.guard_weight, 50.0):
                 level = self.guard.detector.level
                 self._set_guard(k)
                 self.guard.detector.level = max(level, self.guard.detector.level)
@@ -786,4 +787,11 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _size(answer: Any) -> int:
-    return len(json.dumps(answer, default=str, ensure_ascii=False))
+    """Roughly how many characters an answer takes."""
+    if isinstance(answer, str):
+        return len(answer)
+    if isinstance(answer, Mapping):
+        return sum(len(key) + _size(value) for key, value in answer.items())
+    if isinstance(answer, list | tuple):
+        return sum(_size(value) + 1 for value in answer)
+    return 8

@@ -60,11 +60,7 @@ class Watch:
             if len(self.first) >= self.settle:
                 self._learn()
             return []
-        alarms = []
-        for sign, shows in self._signs(seen).items():
-            detector = self.detectors.get(sign)
-            if detector is not None and detector.add(0.0 if shows else 1.0):
-                alarms.append(sign)
+        alarms = [sign for sign, shows in self._signs(seen).items() if self.detectors[sign].add(0.0 if shows else 1.0)]
         if alarms:
             self.forget()
         return alarms
