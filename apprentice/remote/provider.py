@@ -85,5 +85,5 @@ class Body:
         return f"{start}{dumps(value)}}}".encode("utf-8", "replace")
 
 
-def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+# json.dumps builds an encoder for every call that is not all defaults
+dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

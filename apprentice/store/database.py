@@ -85,7 +85,7 @@ class _Compiler:
         found = self._known.get(statement)
         if found is None:
             keys = None
-            if isinstance(statement, Insert):
+            if isinstance(statement, Insert) and not statement._values:
                 keys = [column.name for column in statement.table.columns if column.name != "seq"]
             compiled = cast(
                 SQLCompiler, cast(ClauseElement, statement).compile(dialect=self._dialect, column_keys=keys)
@@ -152,7 +152,8 @@ class SqliteDatabase:
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
         self._writing = threading.RLock() if self._in_memory else threading.Lock()
-        self._writers: dict[bool, sqlite3.Connection] = {}
+        self._write_connection: sqlite3.Connection | None = None
+        self._writes_durably = False
         self._readers: list[sqlite3.Connection] = []
 
     def _check_alive(self) -> None:
@@ -208,11 +209,14 @@ class SqliteDatabase:
             self._readers.append(connection)
 
     def _writer(self, durable: bool) -> sqlite3.Connection:
-        durable = durable and not self._in_memory
-        connection = self._writers.get(durable)
-        if connection is None:
-            connection = self._writers[durable] = self._connect("FULL" if durable else "NORMAL")
-        return connection
+        """The one connection that writes. Two, one for each level, would empty each other's page caches in turn."""
+        if self._write_connection is None:
+            self._write_connection = self._connect("NORMAL")
+            self._writes_durably = False
+        if durable is not self._writes_durably:
+            self._write_connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+            self._writes_durably = durable
+        return self._write_connection
 
     def _connect(self, synchronous: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -257,9 +261,10 @@ class SqliteDatabase:
     def close(self) -> None:
         self._closed = True
         with self._writing:
-            for connection in (*self._writers.values(), *self._readers):
-                connection.close()
-            self._writers.clear()
+            for connection in (self._write_connection, *self._readers):
+                if connection is not None:
+                    connection.close()
+            self._write_connection = None
             self._readers.clear()
 
 

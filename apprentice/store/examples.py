@@ -25,9 +25,13 @@ _page = (
 _count = select(func.count()).where(examples.c.task == bindparam("b_task"), examples.c.seq > bindparam("b_after"))
 
 
+# json.dumps builds an encoder for every call that is not all defaults
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def dumps(value: Any) -> str:
     """Compact JSON that any database can hold."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _encode(value)
     if not text.isascii():
         try:
             text.encode()

@@ -12,7 +12,7 @@ from decimal import ROUND_HALF_EVEN, ROUND_UP, Decimal
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Update, and_, bindparam, case, func, insert, or_, select, update
+from sqlalchemy import Update, and_, bindparam, case, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.store.database import Transaction
@@ -25,7 +25,20 @@ _NANO = Decimal(1_000_000_000)
 # A call that has been in flight for longer than any deadline has no owner any more.
 _ABANDONED_S = 3600.0
 
-_insert_call = insert(calls).returning(calls.c.seq)
+_insert_call = (
+    insert(calls)
+    .values(
+        task=bindparam("b_task"),
+        provider=bindparam("b_provider"),
+        model=bindparam("b_model"),
+        request_id=bindparam("b_request_id"),
+        owner=bindparam("b_owner"),
+        day=bindparam("b_day"),
+        worst_case=bindparam("b_worst_case"),
+        created_at=bindparam("b_created_at"),
+    )
+    .returning(calls.c.seq)
+)
 # Known to both dialects' compilers, which spell ON CONFLICT alike.
 _open_window = upsert(cap_windows).on_conflict_do_nothing(index_elements=["key"])
 _lock_all = select(cap_windows.c.key).order_by(cap_windows.c.key).with_for_update()
@@ -81,15 +94,19 @@ def from_nano(nano: int) -> Decimal:
 
 @lru_cache(maxsize=32)
 def _reserve_in(n: int) -> Update:
-    """Hold an amount in ``n`` windows, in each only where it still fits under that window's cap."""
-    fits = [
-        and_(
-            cap_windows.c.key == bindparam(f"b_key{i}"),
-            cap_windows.c.committed <= bindparam(f"b_cap{i}") - bindparam("b_amount"),
-        )
-        for i in range(n)
-    ]
-    return update(cap_windows).where(or_(*fits)).values(committed=cap_windows.c.committed + bindparam("b_amount"))
+    """Hold an amount in ``n`` windows, in each only where it still fits under that window's cap.
+
+    As a CASE and not as an OR of conditions: SQLite gives each branch of an OR a cursor of its own, six times as slow.
+    """
+    keys = [bindparam(f"b_key{i}") for i in range(n)]
+    caps = [bindparam(f"b_cap{i}") for i in range(n)]
+    whens = [(cap_windows.c.key == key, cap) for key, cap in zip(keys[:-1], caps[:-1], strict=True)]
+    cap = case(*whens, else_=caps[-1]) if whens else caps[-1]
+    return (
+        update(cap_windows)
+        .where(cap_windows.c.key.in_(keys), cap_windows.c.committed <= cap - bindparam("b_amount"))
+        .values(committed=cap_windows.c.committed + bindparam("b_amount"))
+    )
 
 
 @lru_cache(maxsize=32)
@@ -148,22 +165,14 @@ def reserve(
         if tx.run(_reserve_in(len(windows)), values).rowcount != len(windows):
             return None
     row = {
-        "task": task,
-        "provider": provider,
-        "model": model,
-        "request_id": request_id,
-        "owner": owner,
-        "day": day,
-        "state": "reserved",
-        "worst_case": amount,
-        "cost": 0,
-        "input_tokens": 0,
-        "output_tokens": 0,
-        "cached_tokens": 0,
-        "cache_write_tokens": 0,
-        "reasoning_tokens": 0,
-        "created_at": at,
-        "ended_at": None,
+        "b_task": task,
+        "b_provider": provider,
+        "b_model": model,
+        "b_request_id": request_id,
+        "b_owner": owner,
+        "b_day": day,
+        "b_worst_case": amount,
+        "b_created_at": at,
     }
     seq = tx.run(_insert_call, row).fetchone()[0]
     return Reservation(seq, task, provider, model, request_id, from_nano(amount), tuple(windows), at)

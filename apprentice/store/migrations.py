@@ -146,6 +146,7 @@ def create_events(op: Operations) -> None:
 
 def create_ledger(op: Operations) -> None:
     """Caps, and every remote call that was paid for or may have been."""
+    tokens = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
     op.create_table(
         "cap_windows",
         Column("key", Text, primary_key=True),
@@ -156,9 +157,10 @@ def create_ledger(op: Operations) -> None:
     op.create_table(
         "calls",
         _seq(),
-        *_texts("task", "provider", "model", "request_id", "owner", "day", "state"),
-        *_wholes("worst_case", "cost"),
-        *_wholes("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens"),
+        *_texts("task", "provider", "model", "request_id", "owner", "day"),
+        Column("state", Text, nullable=False, server_default="reserved"),
+        *_wholes("worst_case"),
+        *(Column(name, BigInteger, nullable=False, server_default="0") for name in ("cost", *tokens)),
         *_floats("created_at"),
         Column("ended_at", Float),
     )

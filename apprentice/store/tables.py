@@ -193,14 +193,14 @@ calls = Table(
     Column("request_id", Text, nullable=False),
     Column("owner", Text, nullable=False),
     Column("day", Text, nullable=False),
-    Column("state", Text, nullable=False),  # reserved, then settled, released or lost
+    Column("state", Text, nullable=False, server_default="reserved"),  # then settled, released or lost
     Column("worst_case", BigInteger, nullable=False),
-    Column("cost", BigInteger, nullable=False),
-    Column("input_tokens", BigInteger, nullable=False),
-    Column("output_tokens", BigInteger, nullable=False),
-    Column("cached_tokens", BigInteger, nullable=False),
-    Column("cache_write_tokens", BigInteger, nullable=False),
-    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("cost", BigInteger, nullable=False, server_default="0"),
+    Column("input_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("output_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cached_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cache_write_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
     Column("created_at", Float, nullable=False),
     Column("ended_at", Float),
 )
