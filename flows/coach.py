@@ -32,16 +32,21 @@ from flows.curate import curate
 from flows.due import training_due
 from flows.finetune import finetune
 from flows.promote import promote
-from flows.runs import begin, last_run
+from flows.runs import begin, last_run, run_of
 from flows.validate import validate
 from flows.workshop import Workshop, at_hand
 
-__all__ = ["CoachResult", "coach", "coach_task", "due_reason"]
+__all__ = ["Busy", "CoachResult", "coach", "coach_task", "due_reason", "held_lease", "prefect_at"]
 
 LEASE_S = 60.0
 MOST_ATTEMPTS = 3
+_log = logging.getLogger("apprentice.coach")
 # What trying again cannot help.
 _FINAL = (TrainingError, ConfigError, MissingExtra)
+
+
+class Busy(TrainingError):
+    """Another worker holds the task's lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,11 @@ def coach_task(
     started = time.monotonic()
     shop = Workshop.open(settings, engine_in_use=engine, clock=clock, progress=progress)
     try:
-        with _lease(shop.store, task):
+        with held_lease(shop.store, task):
             run = begin(shop, task, reason)
+            if run.attempts > MOST_ATTEMPTS:
+                again = f"the worker was killed {MOST_ATTEMPTS} times in the step {run.step!r}; see its memory and disk"
+                return _result(shop, _fail(shop, run, again), time.monotonic() - started)
             shop.judge.training_started(task)
             with prefect_at(settings), at_hand(shop):
                 run = _carry_out(shop, run)
@@ -117,14 +125,17 @@ def _carry_out(shop: Workshop, run: RunRecord) -> RunRecord:
         try:
             promoted = coach(str(shop.settings.source), run.task, run.id)
         except Exception as error:
-            final = isinstance(error, _FINAL) or run.attempts >= MOST_ATTEMPTS
             message = f"{type(error).__name__}: {error}"
-            if not final:
+            run = run_of(shop, run.task, run.id)
+            if is_outage(error):
+                raise TrainingError(
+                    f"a server of the training flows cannot be reached ({message}); the run is kept"
+                ) from error
+            if not isinstance(error, _FINAL) and run.attempts < MOST_ATTEMPTS:
+                _log.warning("%s: the step %s failed, trying again: %s", run.task, run.step, message)
                 run = shop.store.update_run(run.id, error=message, attempts=run.attempts + 1)
                 continue
-            run = shop.store.update_run(run.id, state="failed", error=message)
-            _alert(shop, run)
-            _end_tracked(shop, run, failed=True)
+            run = _fail(shop, run, message)
             if not isinstance(error, ApprenticeError):
                 raise
             return run
@@ -133,9 +144,28 @@ def _carry_out(shop: Workshop, run: RunRecord) -> RunRecord:
         return run
 
 
-def _alert(shop: Workshop, run: RunRecord) -> None:
+def is_outage(error: BaseException) -> bool:
+    """Whether a Prefect or MLflow server could not be reached: waiting helps, and no attempt is counted."""
+    seen: BaseException | None = error
+    while seen is not None:
+        names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(seen).__mro__}
+        if names & {"httpx.TransportError", "requests.ConnectionError", "urllib3.HTTPError"}:
+            return True
+        if "mlflow.MlflowException" in names and "API request to" in str(seen):
+            return True
+        if "Failed to reach API" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _fail(shop: Workshop, run: RunRecord, message: str) -> RunRecord:
+    """Close a run for good, and alert."""
+    run = shop.store.update_run(run.id, state="failed", error=message)
     evidence = {"run": run.id, "step": run.step, "attempts": run.attempts, "error": run.error}
     shop.store.add_event(EventRecord(uuid.uuid4().hex, run.task, "training_failed", "critical", evidence, shop.clock()))
+    _end_tracked(shop, run, failed=True)
+    return run
 
 
 def _end_tracked(shop: Workshop, run: RunRecord, *, failed: bool) -> None:
@@ -157,12 +187,15 @@ def _result(shop: Workshop, run: RunRecord, wall_s: float) -> CoachResult:
 
 
 @contextlib.contextmanager
-def _lease(store: Store, task: str) -> Iterator[None]:
-    """Hold the right to train a task, renewed by a thread of its own. A worker that dies loses it within `LEASE_S`."""
+def held_lease(store: Store, task: str) -> Iterator[None]:
+    """Hold the right to train a task, renewed by a thread of its own. A worker that dies loses it within `LEASE_S`.
+
+    Raises `Busy` while another has it.
+    """
     owner = f"{os.getpid()}/{uuid.uuid4().hex[:8]}"
     taken = store.acquire_lease(f"coach:{task}", owner, LEASE_S)
     if taken is None:
-        raise TrainingError(f"another worker is training {task!r}; it is done when its lease coach:{task} is free")
+        raise Busy(f"another worker is training {task!r}; wait until it is done, or {LEASE_S:.0f} s if it has died")
     lease: Lease = taken
     over = threading.Event()
 

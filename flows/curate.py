@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from apprentice.store.records import RunRecord
 from flows.curation import curate_examples
 from flows.dataset import CuratedDataset, load_dataset
-from flows.runs import run_of
+from flows.runs import advance, run_of
 from flows.workshop import Workshop, workshop
 
 __all__ = ["curate", "curate_run"]
@@ -33,7 +33,7 @@ def curate_run(shop: Workshop, run: RunRecord) -> CuratedDataset:
     if run.data_digest:
         dataset = load_dataset(folder, run.data_digest)
     else:
-        shop.store.update_run(run.id, step="curate")
+        advance(shop, run, "curate")
         training = shop.settings.local.training
         dataset = curate_examples(
             lambda: (e for e in shop.store.examples(run.task) if e.seq <= run.data_high_water),

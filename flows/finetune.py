@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from apprentice.store.records import RunRecord, VersionRecord
 from flows.dataset import load_dataset
-from flows.runs import run_of
+from flows.runs import advance, run_of
 from flows.steps import Trained, read_result, write_result
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, build_trainer
 from flows.workshop import Workshop, workshop
 
 __all__ = ["finetune", "finetune_run"]
+
+_log = logging.getLogger("apprentice.coach")
 
 
 @flow(name="finetune", log_prints=False, retries=2, retry_delay_seconds=5)
@@ -41,7 +46,7 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
     known = read_result(bench, "trained")
     if known is not None:
         return Trained(**known)
-    shop.store.update_run(run.id, step="finetune")
+    advance(shop, run, "finetune")
     dataset = load_dataset(shop.datasets(run.task), run.data_digest)
     job = training_job(shop, run, dataset.train)
     trainer = build_trainer(shop.settings.local.fine_tune_backend)
@@ -51,21 +56,32 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
 
     def report(progress: Progress) -> None:
         speed = progress.tokens / progress.elapsed_s if progress.elapsed_s else None
-        tracked.metrics(
-            {"loss": progress.loss, "validation_loss": progress.validation_loss, "tokens_per_s": speed},
-            at_s=shop.clock(),
-            step=progress.step,
-        )
+        with gap_in_the_curve():
+            tracked.metrics(
+                {"loss": progress.loss, "validation_loss": progress.validation_loss, "tokens_per_s": speed},
+                at_s=shop.clock(),
+                step=progress.step,
+            )
         shop.progress("finetune", progress.fraction)
         now = time.monotonic()
         if now - shown_at[0] > 2.0 or progress.step == progress.steps:
             shown_at[0] = now
-            show(progress.fraction)
+            with gap_in_the_curve():
+                show(progress.fraction)
 
     adapter = trainer.train(job, report)
     trained = _register(shop, run, adapter, held_out=dataset.card.held_out, tracked=tracked)
     write_result(bench, "trained", trained)
     return trained
+
+
+@contextlib.contextmanager
+def gap_in_the_curve() -> Iterator[None]:
+    """Let the record of a curve fail: hours of training are not given up for a point of it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever a tracking server that is down raises
+        _log.warning("a point of the training curve could not be recorded: %s", error)
 
 
 def training_job(shop: Workshop, run: RunRecord, dataset: Path) -> TrainingJob:

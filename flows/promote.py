@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from apprentice.store.records import ComparisonRecord, RunRecord, VersionRecord
 from flows.dataset import Card, load_dataset, write_whole
 from flows.gate import Evidence, Pair, Verdict, decide
 from flows.promotion_record import promotion_record
-from flows.runs import run_of
+from flows.runs import advance, run_of
 from flows.steps import Validated
-from flows.tracking import CANDIDATE, CHAMPION
+from flows.tracking import CANDIDATE
 from flows.validate import validate_run
 from flows.workshop import Workshop, workshop
 
@@ -37,7 +37,7 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
     version = shop.store.version(run.task, validated.version)
     if version is None:
         raise LookupError(f"the store holds no version {validated.version!r} of {run.task!r}; run finetune again")
-    shop.store.update_run(run.id, step="promote")
+    advance(shop, run, "promote")
     shop.progress("promote", 0.0)
     task = shop.task(run.task)
     already = shop.store.policy_row(run.task).champion == version.name
@@ -87,7 +87,7 @@ def seeds(run: RunRecord, validated: Validated, at: float) -> list[ComparisonRec
     """The held-out comparisons, with which the new champion's trust begins."""
     return [
         ComparisonRecord(
-            id=hashlib.sha256(f"{run.id}/{validated.version}/{a.id}".encode()).hexdigest()[:32],
+            id=uuid.uuid4().hex,
             task=run.task,
             request_id=a.id,
             version=validated.version,
@@ -113,7 +113,7 @@ def make_champion(shop: Workshop, version: VersionRecord, *, seed: list[Comparis
         attempts = _attempts(shop.store.versions(version.task), version)
         shop.judge.promote(version.task, version.name, seed, attempts=attempts, reason=reason)
     if version.mlflow_version is not None:
-        shop.tracking.set_alias(version.task, CHAMPION, version.mlflow_version)
+        shop.tracking.crown(version.task, version.name, version.mlflow_version)
         if shop.tracking.aliased(version.task, CANDIDATE) == version.name:
             shop.tracking.drop_alias(version.task, CANDIDATE)
 

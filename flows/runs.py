@@ -7,7 +7,7 @@ from apprentice.store.records import RunRecord
 from flows.due import LastRun
 from flows.workshop import Workshop
 
-__all__ = ["begin", "last_run", "run_of"]
+__all__ = ["advance", "begin", "last_run", "run_of"]
 
 
 def run_of(shop: Workshop, task: str, run_id: str) -> RunRecord:
@@ -30,6 +30,12 @@ def begin(shop: Workshop, task: str, reason: str) -> RunRecord:
         high_water = example.seq
         corpus += 1
     return shop.store.start_run(task, high_water, reason, corpus_size=corpus)
+
+
+def advance(shop: Workshop, run: RunRecord, step: str) -> None:
+    """Note which step a run is at. Attempts are counted by the step: a run that gets further is not stuck."""
+    if run_of(shop, run.task, run.id).step != step:
+        shop.store.update_run(run.id, step=step, attempts=1)
 
 
 def last_run(runs: list[RunRecord]) -> LastRun | None:

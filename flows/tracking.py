@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ except ImportError:  # a folder of this checkout is called mlflow too, so a miss
 __all__ = ["CANDIDATE", "CHAMPION", "TrackedRun", "Tracking", "model_name"]
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-_RUN_TAG, _VERSION_TAG = "apprentice.run", "apprentice.version"
+_RUN_TAG, _VERSION_TAG, _AGREED_TAG = "apprentice.run", "apprentice.version", "apprentice.champion"
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,9 @@ class Tracking:
     """The tracking server and model registry that the configuration names."""
 
     def __init__(self, settings: Settings) -> None:
+        # A server that is down is waited for by whoever asked (`flows.coach`), not for minutes inside every call.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
         self._artifacts = None if settings.tracking.uri else settings.tracking_artifacts
 
@@ -106,6 +110,16 @@ class Tracking:
                 return None
             raise
         return found.tags.get(_VERSION_TAG)
+
+    def crown(self, task: str, version: str, number: str) -> None:
+        """Point the alias `champion` at a version, and remember that the store agrees."""
+        self.set_alias(task, CHAMPION, number)
+        self._client.set_registered_model_tag(model_name(task), _AGREED_TAG, version)
+
+    def agreed(self, task: str) -> str | None:
+        """The version that store and registry last agreed on as champion."""
+        found = self._client.get_registered_model(model_name(task)).tags.get(_AGREED_TAG)
+        return str(found) if found else None
 
     def run_of_version(self, task: str, number: str) -> TrackedRun | None:
         """The run that trained a version."""

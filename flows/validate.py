@@ -18,7 +18,7 @@ from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.schema import Schema
 from apprentice.store.records import RunRecord
 from flows.dataset import load_dataset, write_whole
-from flows.runs import run_of
+from flows.runs import advance, run_of
 from flows.steps import Answered, Trained, Validated, read_result, write_result
 from flows.trainers import read_rows
 from flows.workshop import Workshop, workshop
@@ -55,7 +55,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     known = read_result(bench, "validated")
     if known is not None:
         return Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
-    shop.store.update_run(run.id, step="validate")
+    advance(shop, run, "validate")
     trained = Trained(**_needed(bench))
     rows = list(read_rows(load_dataset(shop.datasets(run.task), run.data_digest).held_out))
     schema = shop.task(run.task).output_schema

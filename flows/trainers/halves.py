@@ -1,8 +1,8 @@
 """A decoder cut in two: frozen layers below, layers with adapters above.
 
 The lower half sees no adapter, so its output for a row is the same in every epoch: it is computed once and kept. The
-upper half starts from what was kept, and back-propagation ends where it starts. With 18 of 30 layers trained for three
-epochs this saves two fifths of the arithmetic of training all of them.
+upper half starts from what was kept, and back-propagation ends where it starts. With 12 of 30 layers trained for three
+epochs this saves half of the arithmetic of training all of them.
 
 Whether a model can be cut like this is not assumed but checked: both ways must give the same numbers (`Halves.exact`).
 """

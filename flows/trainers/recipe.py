@@ -90,4 +90,4 @@ def choose(settings: TrainingSettings, *, rows: int, layers: int, on_gpu: bool) 
 
 
 # The share of layers trained on a CPU.
-UPPER_SHARE = 0.6
+UPPER_SHARE = 0.4

@@ -1,0 +1,55 @@
+"""Observe: each task's standing as metrics on its champion's run, the history behind every decision."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from apprentice.phases import Phase
+from flows.workshop import Workshop, workshop
+
+__all__ = ["observe", "observe_task"]
+
+
+@flow(name="observe", log_prints=False, retries=1, retry_delay_seconds=10)
+def observe(config: str) -> int:
+    """Write every task's standing to MLflow; returns how many tasks have a champion."""
+    with workshop(config) as shop:
+        rows = [{"task": task.name, **observe_task(shop, task.name)} for task in shop.settings.tasks]
+    create_table_artifact(rows, key="observed", description="Where every task stands")
+    return sum(row["champion"] is not None for row in rows)
+
+
+def observe_task(shop: Workshop, task: str) -> dict[str, float | str | None]:
+    """One task's figures, written against its champion's run where it has one. Money is in USD."""
+    state = shop.store.policy_row(task)
+    figures = shop.judge.figures(task)
+    scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
+    spent, calls, billed = Decimal(0), 0, Decimal(0)
+    for row in shop.store.spend():
+        if row.task == task:
+            spent += row.cost
+            if row.state == "settled":
+                calls, billed = calls + row.calls, billed + row.cost
+    local = sum(count.n for count in shop.store.counts(task) if count.outcome == "local")
+    values: dict[str, float | None] = {
+        "correlation": scope.correlation.value if scope.correlation else None,
+        "correlation_low": scope.correlation.low if scope.correlation else None,
+        "agreement": scope.agreement.value if scope.agreement else None,
+        "coverage": figures.coverage,
+        "sampling_rate": state.sampling_rate,
+        "phase": float(state.phase),
+        "comparisons": float(figures.comparisons),
+        "spend": float(spent),
+        # What the remote would have cost for the answers given locally, at this task's own mean price of a call.
+        "savings_before_local_cost": float(billed / calls * local) if calls else None,
+    }
+    version = shop.store.version(task, state.champion) if state.champion else None
+    if version is not None and version.mlflow_version is not None:
+        run = shop.tracking.run_of_version(task, version.mlflow_version)
+        if run is not None:
+            at_s = shop.clock()
+            run.metrics({f"live.{name}": value for name, value in values.items()}, at_s=at_s, step=int(at_s))
+    return {"champion": state.champion, **values}

@@ -1,0 +1,123 @@
+"""Everything on one machine: Prefect's and MLflow's servers, coach and router, started and stopped together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import httpx
+
+from apprentice.config import Settings
+from apprentice.errors import TrainingError
+
+__all__ = ["Member", "members", "run_together"]
+
+_READY_S = 180.0
+_STOP_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process: what it is, how it is started, and the address that answers once it is ready (None: at once)."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    ready: str | None
+    page: str | None = None
+
+
+def members(settings: Settings, config: Path, *, port: int, prefect_port: int, mlflow_port: int) -> list[Member]:
+    """The four processes, in the order in which they are started."""
+    python, here = sys.executable, "127.0.0.1"
+    prefect_url, mlflow_url = f"http://{here}:{prefect_port}", f"http://{here}:{mlflow_port}"
+    home = {"PREFECT_HOME": str(settings.root / ".prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    flows = {**home, "PREFECT_API_URL": f"{prefect_url}/api"}
+    store = ("--backend-store-uri", settings.tracking_uri, "--artifacts-destination", settings.tracking_artifacts)
+    mlflow = ("mlflow", "server", "--host", here, "--port", str(mlflow_port), "--workers", "1", *store)
+    apprentice = (python, "-c", "from apprentice.cli import main; main()")
+    found = [
+        Member(
+            "prefect",
+            (python, "-m", "prefect", "server", "start", "--host", here, "--port", str(prefect_port)),
+            {**home, "PREFECT_API_URL": f"{prefect_url}/api", "PREFECT_UI_URL": prefect_url},
+            f"{prefect_url}/api/health",
+            prefect_url,
+        ),
+        Member("coach", (*apprentice, "coach", "--config", str(config)), flows, None),
+        Member(
+            "router",
+            (*apprentice, "serve", "--config", str(config), "--host", here, "--port", str(port)),
+            {},
+            f"http://{here}:{port}/healthz",
+            f"http://{here}:{port}",
+        ),
+    ]
+    if settings.tracking.uri is None or not settings.tracking.uri.startswith("http"):
+        found.insert(1, Member("mlflow", (python, "-m", *mlflow), {}, f"{mlflow_url}/health", mlflow_url))
+    return found
+
+
+def run_together(settings: Settings, config: Path, *, port: int, prefect_port: int, mlflow_port: int) -> None:
+    """Run until Ctrl-C or until one of them ends; then stop them all, the router first. Raises `TrainingError`."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    logs = settings.root / ".logs"
+    logs.mkdir(exist_ok=True)
+    running: list[tuple[Member, subprocess.Popen[bytes]]] = []
+    try:
+        for member in members(settings, config, port=port, prefect_port=prefect_port, mlflow_port=mlflow_port):
+            log = (logs / f"{member.name}.log").open("ab")
+            process = subprocess.Popen(
+                member.command,
+                env={**os.environ, **member.environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=settings.root,
+                start_new_session=True,  # Ctrl-C is ours to pass on, in order
+            )
+            log.close()
+            running.append((member, process))
+            if member.ready is not None and not _ready(member, process, stop):
+                break
+            click.echo(f"{member.name:<8} {member.page or 'is watching'}")
+        ended: list[str] = []
+        while not stop.wait(0.5) and not ended:
+            ended = [member.name for member, process in running if process.poll() is not None]
+        if ended:
+            raise TrainingError(f"{ended[0]} ended by itself; read {logs / ended[0]}.log. Everything was stopped.")
+    finally:
+        for member, process in reversed(running):
+            _stop(process)
+            click.echo(f"{member.name:<8} stopped")
+
+
+def _ready(member: Member, process: subprocess.Popen[bytes], stop: threading.Event) -> bool:
+    """Wait until a member answers; False where it ended or a person lost patience."""
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline and not stop.wait(0.5):
+        if process.poll() is not None:
+            return False
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(str(member.ready), timeout=2.0).status_code < 500:
+                return True
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process and its children to end, then insist."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            return
