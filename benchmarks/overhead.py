@@ -116,8 +116,9 @@ class Timings:
         tenth = max(len(self.wall) // 10, 1)
         first, last = statistics.median(self.wall[:tenth]), statistics.median(self.wall[-tenth:])
         ratio = p50 / statistics.median(bare.wall)
+        cpu = statistics.mean(self.cpu)
         return (
-            f"{self.name:<16} p50 {p50 * 1e3:7.3f} ms   p99 {p99 * 1e3:7.3f} ms   cpu {statistics.mean(self.cpu) * 1e3:6.3f} ms"
+            f"{self.name:<16} p50 {p50 * 1e3:7.3f} ms   p99 {p99 * 1e3:7.3f} ms   cpu {cpu * 1e3:6.3f} ms"
             f"   {ratio:5.2f} x bare   first tenth {first * 1e3:6.3f} ms, last {last * 1e3:6.3f} ms"
         )
 

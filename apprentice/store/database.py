@@ -145,7 +145,10 @@ class SqliteDatabase:
         self._closed = False
         self._begin_anew()
         if not self._in_memory:
-            Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"store {self._path}: its folder cannot be made ({error.strerror})") from None
         with self.read():
             pass  # a path that cannot be opened is reported now
 

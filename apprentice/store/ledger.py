@@ -98,8 +98,8 @@ def _reserve_in(n: int) -> Update:
 
     As a CASE and not as an OR of conditions: SQLite gives each branch of an OR a cursor of its own, six times as slow.
     """
-    keys = [bindparam(f"b_key{i}") for i in range(n)]
-    caps = [bindparam(f"b_cap{i}") for i in range(n)]
+    keys: list[Any] = [bindparam(f"b_key{i}") for i in range(n)]
+    caps: list[Any] = [bindparam(f"b_cap{i}") for i in range(n)]
     whens = [(cap_windows.c.key == key, cap) for key, cap in zip(keys[:-1], caps[:-1], strict=True)]
     cap = case(*whens, else_=caps[-1]) if whens else caps[-1]
     return (

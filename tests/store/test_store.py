@@ -1,0 +1,448 @@
+"""Every method of the store, on SQLite and PostgreSQL alike."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apprentice.errors import StoreError
+from apprentice.store import (
+    CapWindow,
+    ComparisonRecord,
+    Count,
+    EventRecord,
+    ExampleRecord,
+    Reservation,
+    Settlement,
+    StateChange,
+    Store,
+    TaskState,
+    Usage,
+    VersionRecord,
+)
+
+
+def example(n: int, task: str = "a", **values: Any) -> ExampleRecord:
+    made = ExampleRecord(f"x{n}", task, {"text": f"t{n}"}, {"label": "l"}, "anthropic", "m", f"d{n}", float(n))
+    return replace(made, **values)
+
+
+def comparison(n: int, score: float | None, version: str = "v1") -> ComparisonRecord:
+    return ComparisonRecord(
+        id=f"c{n}",
+        task="a",
+        request_id=f"r{n}",
+        version=version,
+        score=score,
+        parts={"label": 1.0},
+        confidence=0.75,
+        local={"label": "l"},
+        remote={"label": "m"},
+        probability=0.5,
+        sampling_rate=0.25,
+        served=n % 2 == 0,
+        seeded=False,
+        created_at=float(n),
+    )
+
+
+def version(name: str, task: str = "a") -> VersionRecord:
+    return VersionRecord(name, task, "candidate", f"/m/{name}", "base", 80, 20, "digest", "3", "", {"loss": 0.5}, 5.0)
+
+
+def reserve(store: Store, cap: str = "1", amount: str = "0.25", task: str = "a") -> Reservation | None:
+    window = CapWindow("|daily|2026-03-01", "", "daily", "2026-03-01", Decimal(cap))
+    store.open_windows([window])
+    return store.reserve(
+        task=task,
+        provider="anthropic",
+        model="m",
+        request_id="r",
+        owner="me",
+        day="2026-03-01",
+        worst_case=Decimal(amount),
+        windows=[window],
+    )
+
+
+def committed(store: Store) -> tuple[Decimal, Decimal]:
+    state = store.window_states(["|daily|2026-03-01"])["|daily|2026-03-01"]
+    return state.spent, state.committed
+
+
+def test_a_new_task_collects(store: Store) -> None:
+    """A task begins in phase 1 with every request checked, and ensuring it twice changes nothing."""
+    store.ensure_tasks(["a", "b"])
+    store.update_state("a", lambda s: s.change(phase=2))
+    store.ensure_tasks(["a", "b", "c"])
+    assert {name: row.phase for name, row in store.policies().items()} == {"a": 2, "b": 1, "c": 1}
+    fresh = store.policy_row("b")
+    assert (fresh.champion, fresh.threshold, fresh.sampling_rate, fresh.trust, fresh.revision) == (None, None, 1, "", 0)
+
+
+def test_an_unknown_task_is_an_error(store: Store) -> None:
+    """A state that was never made is reported with the remedy."""
+    with pytest.raises(StoreError, match="ensure_tasks"):
+        store.policy_row("nowhere")
+
+
+def test_a_change_of_state_carries_its_records(store: Store) -> None:
+    """State, comparisons and events are written together, and the revision counts the change."""
+    store.ensure_tasks(["a"])
+    event = EventRecord("e1", "a", "phase", "info", {"from": 1}, 1.0)
+    after = store.update_state(
+        "a", lambda s: s.change(trust="T", threshold=0.5, comparisons=[comparison(1, 1.0)], events=[event])
+    )
+    assert after == store.policy_row("a")
+    assert (after.trust, after.threshold, after.revision) == ("T", 0.5, 1)
+    assert [c.id for c in store.comparisons("a")] == ["c1"]
+    assert [(e.id, e.evidence) for e in store.events("a")] == [("e1", {"from": 1})]
+
+
+def test_a_change_that_fails_leaves_nothing(store: Store) -> None:
+    """An exception in the middle of a change rolls all of it back."""
+    store.ensure_tasks(["a"])
+
+    def bad(state: TaskState) -> StateChange:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        store.update_state("a", bad)
+    assert store.policy_row("a").revision == 0
+
+
+def test_changes_from_many_threads_are_all_kept(store: Store) -> None:
+    """Read-modify-write loses no update: eight threads add to one text."""
+    store.ensure_tasks(["a"])
+
+    def append(n: int) -> None:
+        store.update_state("a", lambda s: s.change(trust=s.trust + f"{n},"))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(append, range(40)))
+    state = store.policy_row("a")
+    assert sorted(state.trust.split(",")[:-1], key=int) == [str(n) for n in range(40)]
+    assert state.revision == 40
+
+
+def test_examples_stream_in_order_and_resume(store: Store) -> None:
+    """Examples come page by page in the order of their seq, from any cursor."""
+    for n in range(25):
+        store.add_example(example(n))
+        store.add_example(example(n, "b"))
+    every = list(store.examples("a", limit=7))
+    assert [e.id for e in every] == [f"x{n}" for n in range(25)]
+    assert every[3].input == {"text": "t3"}
+    assert [e.seq for e in every] == sorted(e.seq for e in every)
+    assert [e.id for e in store.examples("a", after=every[19].seq, limit=2)] == [f"x{n}" for n in range(20, 25)]
+    assert (store.count_examples("a"), store.count_examples("a", after=every[19].seq)) == (25, 5)
+
+
+def test_any_text_survives(store: Store) -> None:
+    """Unicode, control characters and half a surrogate pair come back as they were."""
+    value = {"text": "ñ 漢字 🎈 \x00 \ud800 \"quoted\" 'single' %s :name"}
+    store.add_example(example(1, input=value))
+    assert next(iter(store.examples("a"))).input == value
+
+
+def test_readers_never_miss_an_example(store: Store) -> None:
+    """A reader that follows the cursor while eight threads write sees every example exactly once."""
+    done = threading.Event()
+    seen: list[str] = []
+
+    def follow() -> None:
+        cursor = 0
+        while True:
+            finished = done.is_set()
+            for e in store.examples("a", after=cursor, limit=5):
+                seen.append(e.id)
+                cursor = e.seq
+            if finished:
+                return
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: store.add_example(example(n)), range(80)))
+    done.set()
+    reader.join()
+    assert sorted(seen) == sorted(f"x{n}" for n in range(80))
+
+
+def test_comparisons_come_newest_first(store: Store) -> None:
+    """Comparisons are read back whole, by version and limit; disagreements are those below 1."""
+    store.ensure_tasks(["a"])
+    records = [comparison(0, 1.0), comparison(1, 0.5), comparison(2, None, "v2"), comparison(3, 0.0, "v2")]
+    store.update_state("a", lambda s: s.change(comparisons=records))
+    read = store.comparisons("a")
+    assert [replace(c, seq=0) for c in read] == records[::-1]
+    assert [c.id for c in store.comparisons("a", version="v1", limit=1)] == ["c1"]
+    assert store.recent_disagreements("a", 5) == ["r3", "r1"]
+
+
+def test_counts_add_up(store: Store) -> None:
+    """Counting the same outcome again adds to its row; days and tasks select."""
+    store.add_counts([Count("a", "2026-03-01", "", "remote", 1, 0.5)] * 2)
+    store.add_counts([Count("a", "2026-03-01", "", "remote", 3, 1.0), Count("b", "2026-03-02", "v", "local")])
+    assert store.counts("a") == [Count("a", "2026-03-01", "", "remote", 5, 2.0)]
+    assert [c.task for c in store.counts(since="2026-03-02")] == ["b"]
+
+
+def test_promotion_is_one_step(store: Store) -> None:
+    """The old champion retires, the new one serves, the state follows, and an event says so."""
+    store.ensure_tasks(["a"])
+    for name in ("one", "two"):
+        store.add_version(version(name))
+        store.add_version(replace(version(name), reason="added again"))
+        store.promote("a", name, lambda s: s.change(phase=2, trust=f"T{s.revision}"), f"{name} is better")
+    assert {v.name: (v.status, v.reason) for v in store.versions("a")} == {
+        "one": ("retired", "succeeded by two"),
+        "two": ("champion", "two is better"),
+    }
+    assert store.policy_row("a").champion == "two"
+    assert [e.evidence["version"] for e in store.events("a")] == ["one", "two"]
+    found = store.version("a", "two")
+    assert found is not None
+    assert found.record == {"loss": 0.5}
+
+
+def test_promoting_what_is_not_there_changes_nothing(store: Store) -> None:
+    """A version nobody added cannot be promoted, and the champion stays."""
+    store.ensure_tasks(["a"])
+    store.add_version(version("one"))
+    store.promote("a", "one", lambda s: s.change(), "good")
+    with pytest.raises(StoreError, match="no version 'ghost'"):
+        store.promote("a", "ghost", lambda s: s.change(), "?")
+    assert store.policy_row("a").champion == "one"
+    assert store.version("a", "ghost") is None
+
+
+def test_one_run_at_a_time(store: Store, clock: Any) -> None:
+    """A task has one unfinished run; finishing it stamps the time and makes room."""
+    run = store.start_run("a", 25, "due", corpus_size=25)
+    assert store.open_run("a") == run
+    with pytest.raises(StoreError, match=run.id):
+        store.start_run("a", 30, "due")
+    store.start_run("b", 1, "other tasks may")
+    clock.now += 60
+    store.update_run(run.id, step="finetune", attempts=2)
+    ended = store.update_run(run.id, state="completed", version="v1")
+    assert (ended.finished_at, ended.step, ended.attempts) == (clock.now, "finetune", 2)
+    assert store.open_run("a") is None
+    second = store.start_run("a", 30, "due")
+    assert [r.id for r in store.runs("a")] == [run.id, second.id]
+    with pytest.raises(StoreError, match="no training run 'ghost'"):
+        store.update_run("ghost", step="x")
+
+
+def test_leases_pass_on_with_growing_tokens(store: Store, clock: Any) -> None:
+    """A lease excludes others until it expires or is released; the loser's renewal fails."""
+    mine = store.acquire_lease("coach.a", "me", 10)
+    assert mine is not None
+    assert store.acquire_lease("coach.a", "you", 10) is None
+    clock.now += 9
+    renewed = store.renew_lease(mine, 10)
+    assert renewed is not None
+    clock.now += 9
+    assert store.acquire_lease("coach.a", "you", 10) is None
+    clock.now += 2
+    yours = store.acquire_lease("coach.a", "you", 10)
+    assert yours is not None
+    assert yours.token > mine.token
+    assert store.renew_lease(mine, 10) is None
+    store.release_lease(mine)
+    assert store.acquire_lease("coach.a", "me", 10) is None
+    store.release_lease(yours)
+    again = store.acquire_lease("coach.a", "me", 10)
+    assert again is not None
+    assert again.token > yours.token
+
+
+def test_one_of_many_gets_the_lease(store: Store) -> None:
+    """Of sixteen that ask at once one is let in."""
+    with ThreadPoolExecutor(16) as threads:
+        taken = list(threads.map(lambda n: store.acquire_lease("x", f"owner{n}", 60), range(16)))
+    assert sum(lease is not None for lease in taken) == 1
+
+
+def test_an_event_is_recorded_once(store: Store) -> None:
+    """The same id from several processes is one event; all tasks' events come in order, after a cursor."""
+    first = EventRecord("e1", None, "budget_warning", "warning", {"n": 1}, 1.0)
+    assert store.add_event(first)
+    assert not store.add_event(replace(first, at=2.0))
+    store.add_event(EventRecord("e2", "a", "phase", "info", {}, 3.0))
+    every = store.events()
+    assert [e.id for e in every] == ["e1", "e2"]
+    assert [e.id for e in store.events(since_seq=every[0].seq)] == ["e2"]
+    assert [e.id for e in store.events("a")] == ["e2"]
+
+
+def test_a_reservation_holds_until_it_ends(store: Store) -> None:
+    """Held money counts against the cap; settling frees the difference, releasing all of it, losing none."""
+    held = [reserve(store) for _ in range(4)]
+    assert reserve(store) is None
+    assert committed(store) == (Decimal(0), Decimal(1))
+    first, second, third, fourth = (r for r in held if r is not None)
+    store.end_calls([Settlement(first, "settled", Decimal("0.10"), Usage(100, 10, 5, 2, 1))])
+    store.end_calls([Settlement(second, "released", Decimal(0)), Settlement(third, "lost", Decimal(0))])
+    assert committed(store) == (Decimal("0.35"), Decimal("0.60"))
+    rows = {row.state: row for row in store.spend()}
+    assert {state: (row.calls, row.cost) for state, row in rows.items()} == {
+        "settled": (1, Decimal("0.10")),
+        "released": (1, Decimal(0)),
+        "lost": (1, Decimal("0.25")),
+        "reserved": (1, Decimal("0.25")),
+    }
+    assert rows["settled"].usage == Usage(100, 10, 5, 2, 1)
+    assert fourth.worst_case == Decimal("0.25")
+
+
+def test_a_call_ends_once(store: Store) -> None:
+    """Settling again, whatever it says, changes nothing."""
+    held = reserve(store)
+    assert held is not None
+    store.end_calls([Settlement(held, "settled", Decimal("0.10"))])
+    assert store.end_calls([Settlement(held, "settled", Decimal("0.20"))]) == [[]]
+    store.end_calls([Settlement(held, "released", Decimal(0))])
+    assert committed(store) == (Decimal("0.10"), Decimal("0.10"))
+
+
+def test_a_dead_owners_call_counts_as_lost(store: Store, clock: Any) -> None:
+    """A reservation nobody ended stays held, and is reported as lost after an hour."""
+    reserve(store)
+    clock.now += 3601
+    assert [(row.state, row.cost) for row in store.spend()] == [("lost", Decimal("0.25"))]
+    assert committed(store) == (Decimal(0), Decimal("0.25"))
+    assert store.spend(since=clock.now) == []
+
+
+def test_completing_records_everything_or_nothing(store: Store) -> None:
+    """Settlement, example, counts and state are one transaction."""
+    store.ensure_tasks(["a"])
+    held = reserve(store)
+    assert held is not None
+    settled = Settlement(held, "settled", Decimal("0.10"))
+
+    def bad(state: TaskState) -> StateChange:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        store.complete_remote(settlements=[settled], example=example(1), change=bad)
+    assert (store.count_examples("a"), committed(store)) == (0, (Decimal(0), Decimal("0.25")))
+    state, windows = store.complete_remote(
+        settlements=[settled],
+        example=example(1),
+        counts=[Count("a", "2026-03-01", "", "remote")],
+        change=lambda s: s.change(phase=2),
+    )
+    assert state is not None
+    assert (state.phase, windows[0][0].spent) == (2, Decimal("0.10"))
+    assert (store.count_examples("a"), store.counts()[0].n) == (1, 1)
+
+
+def test_stores_open_together(url: str) -> None:
+    """Eight openers of one new store migrate it once and all work."""
+    with ThreadPoolExecutor(8) as threads:
+        opened = list(threads.map(lambda _: Store.open(url), range(8)))
+    for n, one in enumerate(opened):
+        one.add_example(example(n))
+    assert [one.count_examples("a") for one in opened] == [8] * 8
+    for one in opened:
+        one.close()
+
+
+def test_a_newer_store_is_refused(url: str) -> None:
+    """A store of a later version is left alone, with the remedy."""
+    with Store.open(url) as store, store._database.write(durable=True) as tx:
+        tx.run_text("UPDATE schema_version SET version = 999")
+    with pytest.raises(StoreError, match="newer Apprentice"):
+        Store.open(url)
+
+
+def test_the_migrations_make_the_tables(store: Store) -> None:
+    """What the steps brought about is what the statements believe in."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+    from sqlalchemy import create_engine
+
+    from apprentice.store.tables import metadata
+
+    engine = create_engine(store._database.url)
+    with engine.connect() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), metadata)
+    engine.dispose()
+    assert [d for d in found if not (d[0] == "remove_table" and d[1].name == "schema_version")] == []
+
+
+def test_a_closed_store_says_so(url: str) -> None:
+    """Using a closed store is a `StoreError`, and closing twice is fine."""
+    store = Store.open(url)
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.policies()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://u:secret@h/d", "not supported"),
+        ("nonsense", "no database URL"),
+        ("postgresql://user:secret@127.0.0.1:1/x", "connection"),
+        ("sqlite:////proc/nowhere/x.db", "nowhere"),
+    ],
+)
+def test_a_store_that_cannot_be_opened(url: str, message: str) -> None:
+    """Wrong URLs and unreachable places are a `StoreError` that holds no password."""
+    with pytest.raises(StoreError, match=message) as caught:
+        Store.open(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    """A damaged file is named, with the remedy, and not touched."""
+    path = tmp_path / "x.db"
+    path.write_text("This is not a database. " * 100)
+    with pytest.raises(StoreError, match="damaged"):
+        Store.open(f"sqlite:///{path}")
+    assert path.read_text().startswith("This is not")
+
+
+def test_the_store_in_memory() -> None:
+    """sqlite:// works for trials, and threads share it."""
+    with Store.open("sqlite://") as store, ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: store.add_example(example(n)), range(20)))
+        assert store.count_examples("a") == 20
+
+
+def test_what_was_paid_for_is_synced(tmp_path: Path) -> None:
+    """Durable transactions run with synchronous=FULL, reservations with NORMAL; the log is a write-ahead log."""
+    with Store.open(f"sqlite:///{tmp_path / 'x.db'}") as store:
+        levels = []
+        for durable in (True, False, True):
+            with store._database.write(durable=durable) as tx:
+                levels.append(tx.run_text("PRAGMA synchronous").fetchone()[0])
+        assert levels == [2, 1, 2]
+    with sqlite3.connect(tmp_path / "x.db") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_a_dropped_connection_is_replaced(new_postgres: Any) -> None:
+    """After the server ended every connection the next request opens a new one."""
+    with Store.open(new_postgres()) as store:
+        store.ensure_tasks(["a"])
+        with store._database.read() as tx:
+            pid = tx.run_text("SELECT pg_backend_pid()").fetchone()[0]
+        other = Store.open(store._database.url.render_as_string(hide_password=False))
+        with other._database.read() as tx:
+            tx.run_text(f"SELECT pg_terminate_backend({pid})")
+        other.close()
+        assert list(store.policies()) == ["a"]
