@@ -1,3 +1,26 @@
 """The local model: what it decides, how it is framed, and the engines that run it."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from apprentice.config import LocalSettings
+from apprentice.local.engine import Engine
+
+__all__ = ["build_engine"]
+
+
+def build_engine(settings: LocalSettings, root: Path) -> Engine:
+    """The engine that ``local.backend`` names; relative paths start at ``root``. What it needs is imported here."""
+    match settings.backend:
+        case "embedded":
+            from apprentice.local.embedded import EmbeddedEngine
+
+            return EmbeddedEngine(
+                settings.base_model,
+                root,
+                max_new_tokens=settings.max_new_tokens,
+                max_memory_mb=settings.max_memory_mb,
+            )
+        case _:
+            raise NotImplementedError(settings.backend)

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,6 +199,9 @@ def _unloadable(base: BaseModel, error: BaseException) -> VersionError:
 
 
 def _transformers(what: str) -> Any:
+    if "torch" not in sys.modules:
+        # OpenMP threads that spin while they wait make two processes on the same cores five times slower (measured).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch  # noqa: F401
         import transformers
