@@ -1,0 +1,182 @@
+"""The pure pieces of the remote: schema dialects, token buckets, the circuit breaker and prices."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from apprentice.config import ProviderSettings
+from apprentice.remote.breaker import Breaker
+from apprentice.remote.dialects import closed, gemini, strict, without_null_options
+from apprentice.remote.limits import Bucket, Limits
+from apprentice.remote.pricing import PriceList, check_price
+from apprentice.schema import parse_schema
+from apprentice.store import Usage
+
+NOW = 1_772_366_400.0
+
+
+def settings(model: str, vendor: str = "anthropic", **more: Any) -> ProviderSettings:
+    return ProviderSettings.model_validate({"provider": vendor, "model": model, "api_key_env": "K", **more})
+
+
+@pytest.mark.parametrize("spec", ["dict", "list", "any", "list[dict]"])
+def test_free_form_fields_cannot_be_enforced(spec: str) -> None:
+    """No vendor's structured output can say them; the caller then asks without enforcement."""
+    schema = parse_schema({"x": spec}).json_schema
+    assert strict(schema) is None
+    assert closed(schema) is None
+    assert gemini(schema) is None
+
+
+def test_nested_schemas_are_closed_all_the_way_down() -> None:
+    """Objects in lists and in options are converted too, and our own keywords are dropped."""
+    schema = parse_schema({"items": "list[str]", "who": {"name": "str", "age": "int?"}, "n": [1, 2]}).json_schema
+    converted = strict(schema)
+    assert converted is not None
+    who = converted["properties"]["who"]
+    assert (who["required"], who["additionalProperties"]) == (["name", "age"], False)
+    google = gemini(schema)
+    assert google is not None
+    assert google["properties"]["n"] == {"type": "INTEGER", "description": "one of 1, 2"}
+
+
+def test_null_options_are_left_out() -> None:
+    """What OpenAI writes as null and others omit becomes one form; required nulls stay."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "b": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "c": {"type": "array", "items": {"type": "object", "properties": {"d": {"type": "string"}}}},
+        },
+        "required": ["a", "c"],
+    }
+    value = {"a": None, "b": None, "c": [{"d": None}, {"d": "x"}]}
+    assert without_null_options(schema, value) == {"a": None, "c": [{}, {"d": "x"}]}
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 40)), max_size=60))
+def test_a_bucket_never_lets_more_through(calls: list[tuple[float, int]]) -> None:
+    """Whoever waits as told takes at most the burst and the rate's worth in any span since the start."""
+    bucket = Bucket(600, burst=50)
+    now = taken = 0.0
+    for pause, amount in calls:
+        now += pause
+        now += bucket.wait_s(amount, now)
+        bucket.take(amount, now)
+        taken += amount
+        assert taken <= 50 + 10 * now + 1e-6
+
+
+def test_a_bucket_serves_what_is_larger_than_it() -> None:
+    """A request above the burst waits for a full bucket and goes into debt, instead of waiting forever."""
+    bucket = Bucket(60, burst=5)
+    assert bucket.wait_s(100, 0.0) == 0.0
+    bucket.take(100, 0.0)
+    assert bucket.wait_s(1, 0.0) == pytest.approx(96.0)
+
+
+def test_limits_pause_and_free() -> None:
+    """Concurrency is given back, the vendor's pause holds everybody, requests a minute are spaced."""
+    limits = Limits(requests_per_minute=60, tokens_per_minute=None, max_concurrency=1)
+    assert limits.acquire(1, 0.0) == 0.0
+    assert limits.acquire(1, 1.0) > 0
+    limits.release()
+    limits.pause(5.0)
+    assert limits.acquire(1, 2.0) == pytest.approx(3.0)
+    assert limits.acquire(1, 5.0) == 0.0
+    limits.release()
+    assert limits.acquire(1, 5.25) == pytest.approx(0.75)
+
+
+def test_the_breaker_opens_rests_and_tries_again() -> None:
+    """It takes several failures over several seconds; one trial is let through; success closes it."""
+    breaker = Breaker()
+    assert [breaker.failed(t) for t in (0.0, 0.1, 0.2, 0.3, 0.4)] == [False] * 5  # a bad second is no outage
+    assert breaker.failed(6.0)
+    assert breaker.wait_s(6.5) == pytest.approx(1.5)
+    assert not breaker.allows(6.5)
+    assert breaker.wait_s(8.0) == 0.0
+    assert breaker.wait_s(8.0) > 0  # the others wait for the trial's outcome
+    assert not breaker.failed(8.5)
+    assert breaker.wait_s(9.0) == pytest.approx(3.5)
+    assert breaker.wait_s(12.5) == 0.0
+    breaker.succeeded()
+    assert (breaker.wait_s(12.6), breaker.is_open) == (0.0, False)
+
+
+def test_prices_are_the_lists() -> None:
+    """Cached, cache-writing and plain tokens each at their own rate, as genai-prices itself computes it."""
+    from genai_prices import Usage as ListUsage
+    from genai_prices import calc_price
+
+    usage = Usage(input=10_000, output=1_000, cached=2_000, cache_write=1_000)
+    for vendor, model in (
+        ("anthropic", "claude-sonnet-4-5"),
+        ("openai", "gpt-4o-mini"),
+        ("google", "gemini-2.5-flash"),
+    ):
+        price = PriceList(settings(model, vendor), lambda: NOW).now()
+        reported = ListUsage(
+            input_tokens=10_000, output_tokens=1_000, cache_read_tokens=2_000, cache_write_tokens=1_000
+        )
+        if vendor != "anthropic":  # these do not bill writing to the cache apart
+            reported = ListUsage(input_tokens=10_000, output_tokens=1_000, cache_read_tokens=2_000)
+        assert price.cost(usage) == calc_price(reported, model, provider_id=vendor).total_price
+
+
+def test_long_inputs_are_priced_by_tier() -> None:
+    """Above the first tier every token costs the tier's rate, and the worst case knows."""
+    price = PriceList(settings("claude-sonnet-4-5"), lambda: NOW).now()
+    assert price.cost(Usage(input=250_000, output=1_000)) == Decimal("1.5225")
+    assert price.worst(250_000, 1_000) >= Decimal("1.5225")
+
+
+@given(read=st.integers(0, 400_000), written=st.integers(0, 4_000), cached=st.floats(0, 1), cache_write=st.floats(0, 1))
+def test_no_call_costs_more_than_its_worst_case(read: int, written: int, cached: float, cache_write: float) -> None:
+    """However the tokens fall on cached and written ones, the reservation covers the price."""
+    price = PriceList(settings("claude-sonnet-4-5"), lambda: NOW).now()
+    from_cache = int(read * cached)
+    usage = Usage(read, written, from_cache, int((read - from_cache) * cache_write))
+    assert price.cost(usage) <= price.worst(read, written)
+
+
+def test_an_override_wins() -> None:
+    """The config's price is used, for cached tokens too where it says so."""
+    own = settings("claude-sonnet-4-5", price={"input": "2", "output": "8", "cached_input": "0.5"})
+    price = PriceList(own, lambda: NOW).now()
+    assert price.cost(Usage(input=1_000_000, output=1_000_000, cached=500_000)) == Decimal("9.25")
+
+
+def test_an_unknown_price_is_an_error() -> None:
+    """A model without a price is reported with the remedy, never priced at zero."""
+    (problem,) = check_price(settings("claude-sonnet-9000"), "remote", NOW)
+    assert problem.path == "remote.model"
+    assert "price" in problem.remedy
+    own = settings("qwen", "openai_compatible", base_url="http://localhost:8000/v1")
+    assert check_price(own, "remote", NOW)
+    free = settings("qwen", "openai_compatible", base_url="http://localhost:8000/v1", price={"input": 0, "output": 0})
+    assert check_price(free, "remote", NOW) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "price"),
+    [
+        ("claude-sonnet-4-5", {"input": "0.003", "output": "0.015"}),  # per thousand tokens
+        ("claude-sonnet-4-5", {"input": "0.000003", "output": "0.000015"}),  # per token
+        ("claude-sonnet-4-5", {"input": "3000", "output": "15000"}),
+        ("my-own-model", {"input": "0.000003", "output": "15"}),
+        ("my-own-model", {"input": "3", "output": "15000"}),
+    ],
+)
+def test_a_price_a_thousand_times_off_is_caught(model: str, price: dict[str, str]) -> None:
+    """Prices in other units than USD per million tokens are errors, for models on the list and off it."""
+    problems = check_price(settings(model, price=price), "remote", NOW)
+    assert problems
+    assert "per million" in str(problems[0])
+    assert check_price(settings(model, price={"input": "2.5", "output": "12"}), "remote", NOW) == []
