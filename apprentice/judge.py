@@ -1,7 +1,7 @@
 """Where comparisons become trust: the evaluator, the mathematics and the store's transaction, joined.
 
-The mathematics is pure and the store knows no mathematics; this is the one place that carries a task's trust from one to
-the other. Routers report comparisons and local answers here, the coach its promotions and refusals.
+The mathematics is pure and the store knows no mathematics; this is the one place that carries a task's trust from one
+to the other. Routers report comparisons and local answers here, the coach its promotions and refusals.
 """
 
 from __future__ import annotations
@@ -187,8 +187,7 @@ class Judge:
 
         with self._locks[task]:
             self._known.pop(task, None)
-            state = self._store.promote(task, version, change, reason)
-        return state
+            return self._store.promote(task, version, change, reason)
 
     def refuse(self, task: str, reason: str) -> None:
         """A retrained candidate did not pass the gate."""

@@ -1,8 +1,8 @@
 """Two renderings of one request.
 
 The remote has never seen the task: it gets the description, the instructions and, by the vendor's own means, the
-schema. The local model is trained on the task: it needs the input and nothing else, and every token more would be paid for in
-every training step and every answer. The compact rendering is one function, used by trainers and engines alike.
+schema. The local model is trained on the task: it needs the input and nothing else, and every token more would be paid
+for in every training step and every answer. The compact rendering is one function, used by trainers and engines alike.
 """
 
 from __future__ import annotations

@@ -27,12 +27,13 @@ from rich.console import Console
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.trust import Figures
-from apprentice.config import Settings, TrackingSettings, load_settings, require_key
+from apprentice.config import RemoteSettings, Settings, TrackingSettings, load_settings, require_key
 from apprentice.errors import ConfigError, Problem, UnknownTask
 from apprentice.phases import Phase
-from apprentice.schema import SchemaError
+from apprentice.schema import Schema, SchemaError
 from apprentice.store import Store
-from apprentice.testing import RecordedRemote
+from apprentice.testing import FakeVendor
+from apprentice.testing.remote import Vendor
 from flows.coach import coach_task, due_reason
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
 
@@ -101,9 +102,15 @@ def run_replay(
     """
     log_path = settings.root / "replay.jsonl"
     moments = list(_logged(log_path))
-    recorded = RecordedRemote()
-    calls = _Calls(live_client or httpx.Client(transport=recorded))
-    environ = None if live_client else {p.api_key_env: "recorded" for p in settings.remote.providers}
+    remote = settings.remote
+    answers: dict[str, dict[str, Any]] = {}
+    vendor = FakeVendor(_protocol(remote), lambda value: answers[Schema.dumps(value)], keep_questions=False)
+    calls = _Calls(live_client or httpx.Client(transport=vendor.transport()))
+    environ = None
+    if live_client is None:
+        # The recording has one answer to each request, so there is nobody to fall back on.
+        settings = settings.model_copy(update={"remote": remote.model_copy(update={"additional_providers": ()})})
+        environ = {remote.api_key_env: vendor.key}
     draw = random.Random(f"{seed}/{len(moments)}")
     with Apprentice.from_config(settings, http_client=calls.client, environ=environ, draw=draw) as apprentice:
         parts, task = apprentice.parts, settings.task(task_name)
@@ -114,7 +121,7 @@ def run_replay(
         _train_if_due(apprentice, task_name, view)
         with log_path.open("a", encoding="utf-8") as log:
             for i, row in enumerate(traffic[len(moments) :], len(moments)):
-                recorded.expect(row.value, row.answer)
+                answers = {Schema.dumps(row.value): row.answer}
                 before = calls.made
                 output = apprentice.run(task_name, row.value).output
                 spend_without += parts.teacher.estimate(task, row.value, row.answer)
@@ -137,6 +144,10 @@ def run_replay(
                 view.show(moment)
                 _train_if_due(apprentice, task_name, view)
     return moments
+
+
+def _protocol(remote: RemoteSettings) -> Vendor:
+    return "openai_responses" if remote.provider == "openai" and remote.api == "responses" else remote.provider
 
 
 class _Calls:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "peft", "prefect", "mlflow", "fastapi", "uvicorn", "numpy", "matplotlib", "rich")
+HEAVY = ("torch", "transformers", "peft", "prefect", "mlflow", "fastapi", "uvicorn", "numpy", "matplotlib")
 
 
 def test_importing_apprentice_imports_nothing_heavy() -> None:

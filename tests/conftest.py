@@ -1,0 +1,129 @@
+"""What every room's tests share: a small configuration, a vendor and an engine that answer as told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from apprentice import Apprentice, Settings
+from apprentice.confidence.trust import Comparison
+from apprentice.judge import comparison_record
+from apprentice.store.records import VersionRecord
+from apprentice.testing import FakeEngine, FakeVendor, Fault
+
+LABELS = ("joy", "fear", "anger")
+
+
+def truth(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What the remote of these tests answers: the label that the text names, else joy."""
+    return {"label": next((label for label in LABELS if label in value["text"]), "joy")}
+
+
+@dataclass
+class Workbench:
+    """A client over a vendor and an engine that do as they are told. ``confidence`` is what the engine claims."""
+
+    client: Apprentice
+    vendor: FakeVendor
+    engine: FakeEngine
+    confidence: float = 0.9
+    local: Callable[[Mapping[str, Any]], dict[str, Any]] = truth
+
+    def run(self, text: str = "a fear") -> dict[str, Any]:
+        return self.client.run("mood", {"text": text}).output
+
+    @property
+    def store(self) -> Any:
+        return self.client.parts.store
+
+    def counted(self) -> dict[str, int]:
+        """Answers by outcome, those in memory included."""
+        self.client.parts.tally.flush()
+        totals: dict[str, int] = {}
+        for row in self.store.counts("mood"):
+            totals[row.outcome] = totals.get(row.outcome, 0) + row.n
+        return totals
+
+    def promote(self, name: str = "mood-v1", *, held_out: int = 0, right: float = 1.0) -> None:
+        """Make a version the champion, after ``held_out`` comparisons of which the share ``right`` agreed."""
+        record = VersionRecord(
+            name=name,
+            task="mood",
+            status="candidate",
+            adapter="",
+            base_model="fake",
+            trained_on=100,
+            held_out=held_out,
+            data_digest=name,
+            mlflow_version=None,
+            reason="",
+        )
+        self.store.add_version(record)
+        seed = []
+        for i in range(held_out):
+            agreed = i < right * held_out
+            remote = LABELS[i % 3]
+            comparison = Comparison(
+                id=f"{name}-{i}",
+                score=float(agreed),
+                parts={},
+                confidence=0.9 - 0.001 * (i % 7),
+                local={"label": remote if agreed else LABELS[(i + 1) % 3]},
+                remote={"label": remote},
+                seeded=True,
+            )
+            seed.append(comparison_record(comparison, task="mood", request_id=comparison.id, version=name, at=0.0))
+        self.client.parts.judge.promote("mood", name, seed, reason="test")
+        assert self.client.wait_until_serving("mood", timeout_s=10)
+
+
+def settings(tmp_path: Path, vendor: FakeVendor, **more: Any) -> Settings:
+    """A configuration with one task, ``mood``, its files under ``tmp_path``; ``more`` replaces or adds sections."""
+    document: dict[str, Any] = {
+        "tasks": [
+            {
+                "name": "mood",
+                "description": "Name the mood.",
+                "input_schema": {"text": "str"},
+                "output_schema": {"label": " | ".join(LABELS)},
+                "evaluator": "exact_match",
+                "confidence_thresholds": {"phase1_to_phase2": 10},
+            }
+        ],
+        "remote": vendor.settings(max_retries=1, deadline_s=5.0),
+        "source": tmp_path / "apprentice.yaml",
+    }
+    return Settings.model_validate({**document, **more})
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Callable[..., Workbench]]:
+    """Make workbenches: ``bench(faults=[...], budget={...})``. Each is closed at the end of the test."""
+    opened: list[Workbench] = []
+
+    def make(
+        *, faults: list[Fault | None] | None = None, clock: Callable[[], float] | None = None, **more: Any
+    ) -> Workbench:
+        vendor = FakeVendor("anthropic", truth, faults=faults or [])
+        engine = FakeEngine(lambda version, value: (workbench.local(value), workbench.confidence))
+        client = Apprentice.from_config(
+            settings(tmp_path, vendor, **more),
+            http_client=httpx.Client(transport=vendor.transport()),
+            engine=engine,
+            environ=vendor.environ,
+            draw=random.Random(7),
+            **({"clock": clock} if clock else {}),
+        )
+        workbench = Workbench(client, vendor, engine)
+        opened.append(workbench)
+        return workbench
+
+    yield make
+    for workbench in opened:
+        workbench.client.close()
