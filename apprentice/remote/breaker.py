@@ -45,10 +45,6 @@ class Breaker:
         """Whether `wait_s` would be 0; asking takes nothing."""
         return not self._rest_s or self._closed_again_at <= now
 
-    @property
-    def is_open(self) -> bool:
-        return self._rest_s > 0
-
     def succeeded(self) -> None:
         if self._failures:
             with self._lock:

@@ -389,7 +389,8 @@ class Teacher:
                 if draw < 0:
                     order.insert(0, order.pop(i))
                     break
-        return sorted(order, key=lambda s: s.breaker.is_open)
+        now = self._monotonic()
+        return sorted(order, key=lambda s: not s.breaker.allows(now))
 
     def _prompt(self, task: TaskSettings) -> Prompt:
         known = self._prompts.get(task.name)

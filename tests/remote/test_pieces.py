@@ -107,7 +107,7 @@ def test_the_breaker_opens_rests_and_tries_again() -> None:
     assert breaker.wait_s(9.0) == pytest.approx(3.5)
     assert breaker.wait_s(12.5) == 0.0
     breaker.succeeded()
-    assert (breaker.wait_s(12.6), breaker.is_open) == (0.0, False)
+    assert (breaker.wait_s(12.6), breaker.allows(12.6)) == (0.0, True)
 
 
 def test_prices_are_the_lists() -> None:
