@@ -236,6 +236,8 @@ def prefect_at(settings: Settings) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_console() -> Iterator[None]:
     """Keep Prefect's account of every flow off the terminal of whoever called; the Prefect UI has it."""
+    # Prefect reads the variable when it sets logging up, which it does once, at its own time.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     handlers = [
         handler
         for name in ("prefect", "prefect.flow_runs", "prefect.task_runs")

@@ -16,7 +16,7 @@ __all__ = ["curate", "curate_run"]
 _DISAGREEMENTS = 500  # the newest comparisons that scored below 1, at most
 
 
-@flow(name="curate", log_prints=False, retries=2, retry_delay_seconds=5)
+@flow(name="curate", log_prints=False)
 def curate(config: str, task: str, run: str) -> str:
     """Curate a run's examples; returns the dataset's digest."""
     with workshop(config) as shop:

@@ -24,7 +24,7 @@ __all__ = ["finetune", "finetune_run"]
 _log = logging.getLogger("apprentice.coach")
 
 
-@flow(name="finetune", log_prints=False, retries=2, retry_delay_seconds=5)
+@flow(name="finetune", log_prints=False)
 def finetune(config: str, task: str, run: str) -> str:
     """Train a run's dataset; returns the version's name."""
     artifact: list[Any] = []

@@ -22,7 +22,7 @@ from flows.workshop import Workshop, workshop
 __all__ = ["make_champion", "promote", "promote_run"]
 
 
-@flow(name="promote", log_prints=False, retries=1, retry_delay_seconds=5)
+@flow(name="promote", log_prints=False)
 def promote(config: str, task: str, run: str) -> bool:
     """Hold a run's candidate to the gate; True where it became champion."""
     with workshop(config) as shop:

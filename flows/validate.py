@@ -30,7 +30,7 @@ _PROBES = 24
 _BASE = "base-of-"
 
 
-@flow(name="validate", log_prints=False, retries=1, retry_delay_seconds=5)
+@flow(name="validate", log_prints=False)
 def validate(config: str, task: str, run: str) -> float:
     """Judge a run's candidate on the held-out examples; returns its correlation with the remote."""
     with workshop(config) as shop:

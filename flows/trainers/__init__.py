@@ -107,8 +107,18 @@ def build_trainer(backend: str) -> Trainer:
             from flows.trainers.peft import PeftTrainer
 
             return PeftTrainer()
+        case "unsloth":
+            from flows.trainers.unsloth import UnslothTrainer
+
+            return UnslothTrainer()
+        case "axolotl":
+            from flows.trainers.axolotl import AxolotlTrainer
+
+            return AxolotlTrainer()
         case _:
-            raise TrainingError(f"there is no trainer {backend!r}; set local.fine_tune_backend to huggingface")
+            raise TrainingError(
+                f"there is no trainer {backend!r}; set local.fine_tune_backend to huggingface, unsloth or axolotl"
+            )
 
 
 def read_rows(path: Path) -> Iterator[TrainingRow]:

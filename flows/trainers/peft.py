@@ -29,7 +29,7 @@ from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.encoding import encode
 from flows.trainers.recipe import Recipe, choose
 
-__all__ = ["PeftTrainer", "adopt", "toolchain"]
+__all__ = ["PeftTrainer", "adopt", "save_adapter", "toolchain"]
 
 
 class PeftTrainer:
@@ -82,7 +82,7 @@ class PeftTrainer:
         loop = Loop(recipe, encoded, validation, lora, model, progress, self._clock)
         outcome = loop.run(Checkpoint(_made(job.work) / "checkpoint.pt", job.dataset.name, recipe))
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=_made(job.adapters)) as folder:
-            _save(lora, Path(folder), base.name)
+            save_adapter(lora, Path(folder), base.name)
             frame.save(Path(folder))
             adapter = adopt(Path(folder), job.adapters)
         return TrainedAdapter(
@@ -122,7 +122,7 @@ def _with_lora(model: Any, recipe: Recipe, base_name: str) -> Any:
     return lora
 
 
-def _save(lora: Any, folder: Path, base_name: str) -> None:
+def save_adapter(lora: Any, folder: Path, base_name: str) -> None:
     """What PEFT saves, less its blank model card, and with the base model's name: its path means nothing elsewhere."""
     # The embeddings are never trained; left to find that out, PEFT asks the hub.
     lora.save_pretrained(folder, save_embedding_layers=False)

@@ -1,0 +1,210 @@
+"""A training run from due to promoted, with an engine and a trainer that learn by heart and everything else real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apprentice.errors import TrainingError
+from flows.coach import Busy, coach_task, due_reason, held_lease
+from flows.review import before, crown, follow
+from flows.tracking import CANDIDATE, CHAMPION
+from flows.workshop import Workshop
+
+pytestmark = [
+    pytest.mark.usefixtures("plainly"),
+    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
+]
+
+
+def _coach(home: Any, **options: Any) -> Any:
+    return coach_task(home.settings, "mood", reason="due", engine=home.engine, **options)
+
+
+def test_a_due_run_ends_with_a_champion(home: Any, trainer: Any) -> None:
+    """Store, registry and engine agree on the champion, and everything about it can be read in one file."""
+    assert due_reason(home.settings, home.store, "mood") == "60 examples, 60 needed for the first run"
+    heard: list[str] = []
+    result = _coach(home, progress=lambda step, _done: heard.append(step))
+    assert result.promoted
+    state = home.store.policy_row("mood")
+    assert (state.champion, state.phase >= 2) == (result.version, True)
+    assert result.trained_on + result.held_out == 60
+    assert list(dict.fromkeys(heard)) == ["curate", "finetune", "validate", "promote"]
+    assert due_reason(home.settings, home.store, "mood") is None
+    shop = Workshop.open(home.settings)
+    assert shop.tracking.aliased("mood", CHAMPION) == result.version
+    assert shop.tracking.aliased("mood", CANDIDATE) is None
+    folder = Path(home.store.version("mood", result.version).adapter)
+    assert "claude-sonnet-4-5 (100%)" in (folder / "promotion.md").read_text()
+    probes = json.loads((folder / "probe.json").read_text())
+    assert any(probe["output"] != probe["base_output"] for probe in probes)
+    seeded = home.store.comparisons("mood", version=result.version)
+    assert len(seeded) == result.held_out
+    assert all(c.seeded for c in seeded)
+    shop.close()
+
+
+def test_a_better_candidate_takes_over_and_a_worse_one_does_not(home: Any, trainer: Any) -> None:
+    """The champion stays until somebody is shown to be no worse; the loser keeps its reason."""
+    trainer.skills = [0.6, 0.95, 0.5]
+    first = _coach(home)
+    home.teach(300)
+    second = _coach(home)
+    home.teach(300)
+    third = _coach(home)
+    assert (first.promoted, second.promoted, third.promoted) == (True, True, False)
+    assert home.store.policy_row("mood").champion == second.version
+    loser = home.store.version("mood", third.version)
+    assert loser.status == "rejected"
+    assert "not_worse_than_champion" in loser.reason
+    assert home.store.version("mood", first.version).status == "retired"
+    assert [run.state for run in home.store.runs("mood")] == ["completed", "completed", "rejected"]
+
+
+def test_no_held_out_example_is_ever_trained_on(home: Any, trainer: Any) -> None:
+    """Across all runs, the rows trained on and the rows held out have nothing in common."""
+    for _ in range(3):
+        _coach(home)
+        home.teach(100)
+    ids = {"train": set(), "held_out": set()}
+    for path in (home.settings.model_dir / "mood" / "data").glob("*.jsonl"):
+        ids[path.name.split(".")[1]] |= {json.loads(line)["id"] for line in path.read_text().splitlines()}
+    assert len(ids["train"]) > 150
+    assert not ids["train"] & ids["held_out"]
+
+
+def test_a_run_that_breaks_in_any_step_is_resumed(home: Any, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step, broken once, is done again; what came before it is not, and one version is registered."""
+    for module, name in (("finetune", "_register"), ("validate", "_figures"), ("promote", "make_champion")):
+        whole: Callable[..., Any] = __import__(f"flows.{module}", fromlist=[name]).__dict__[name]
+        calls = []
+
+        def broken(*args: Any, _whole: Any = whole, _calls: list[int] = calls, **kwargs: Any) -> Any:
+            _calls.append(1)
+            if len(_calls) == 1:
+                raise KeyError("a bug")
+            return _whole(*args, **kwargs)
+
+        monkeypatch.setattr(f"flows.{module}.{name}", broken)
+    assert _coach(home).promoted
+    assert len(home.store.versions("mood")) == 1
+    assert len(home.store.runs("mood")) == 1
+
+
+def test_a_run_that_fails_three_times_stops_and_alerts(home: Any, trainer: Any) -> None:
+    """A bug is not tried forever: the run is closed, and a critical event says what happened where."""
+    trainer.failures = [RuntimeError(f"no {i}") for i in range(9)]
+    with pytest.raises(RuntimeError):
+        _coach(home)
+    (run,) = home.store.runs("mood")
+    assert (run.state, run.step) == ("failed", "finetune")
+    (event,) = [e for e in home.store.events("mood") if e.kind == "training_failed"]
+    assert event.level == "critical"
+    assert due_reason(home.settings, home.store, "mood") is None
+
+
+def test_an_error_that_cannot_heal_is_tried_once(home: Any, trainer: Any) -> None:
+    """A failed preflight ends the run at once, and the result says why."""
+    trainer.failures = [TrainingError("the disk is full: make room")]
+    result = _coach(home)
+    assert (result.version, result.promoted) == (None, False)
+    assert "make room" in result.reason
+    assert not trainer.trained
+
+
+def test_an_outage_keeps_the_run(home: Any, trainer: Any) -> None:
+    """A server that cannot be reached costs no attempt; the run goes on when it is back."""
+    import httpx
+
+    trainer.failures = [httpx.ConnectError("refused")] * 5
+    for _ in range(5):
+        with pytest.raises(TrainingError, match="the run is kept"):
+            _coach(home)
+        (run,) = home.store.runs("mood")
+        home.store.update_run(run.id, attempts=1)
+        assert due_reason(home.settings, home.store, "mood").startswith("resumes")
+    assert _coach(home).promoted
+
+
+def test_two_workers_do_not_train_one_task(home: Any, trainer: Any) -> None:
+    """While one holds the lease, the other is told so and does nothing."""
+    with held_lease(home.store, "mood"), pytest.raises(Busy):
+        _coach(home)
+    assert home.store.runs("mood") == []
+
+
+def test_answers_outside_the_schema_are_refused(home: Any, trainer: Any) -> None:
+    """A candidate that cannot keep the schema does not pass, whatever else it can."""
+    home.engine.invalid = True
+    result = _coach(home)
+    assert not result.promoted
+    assert "schema_validity" in result.reason
+
+
+def test_review_waits_for_a_person(make_home: Callable[..., Any], trainer: Any) -> None:
+    """With promotion: review the version waits until the alias is moved; then routers are told."""
+    home = make_home(task={"promotion": "review"})
+    home.teach(60)
+    result = _coach(home)
+    assert not result.promoted
+    assert home.store.policy_row("mood").champion is None
+    shop = Workshop.open(home.settings)
+    assert shop.tracking.aliased("mood", CANDIDATE) == result.version
+    number = shop.tracking.number_of("mood", result.version)
+    shop.tracking.set_alias("mood", CHAMPION, number)
+    assert follow(shop, "mood") == result.version
+    assert home.store.policy_row("mood").champion == result.version
+    assert len(home.store.comparisons("mood", version=result.version)) == result.held_out
+    assert follow(shop, "mood") is None
+    shop.close()
+
+
+def test_a_rollback_by_hand_or_by_alias_is_followed(home: Any, trainer: Any) -> None:
+    """Moving the alias back, or apprentice rollback, brings the version before; both sides agree afterwards."""
+    trainer.skills = [0.6, 0.95]
+    first = _coach(home)
+    home.teach(300)
+    second = _coach(home)
+    shop = Workshop.open(home.settings)
+    crown(shop, before(shop, "mood", None), reason="by hand")
+    assert home.store.policy_row("mood").champion == first.version
+    assert shop.tracking.aliased("mood", CHAMPION) == first.version
+    shop.tracking.set_alias("mood", CHAMPION, shop.tracking.number_of("mood", second.version))
+    assert follow(shop, "mood") == second.version
+    assert home.store.version("mood", first.version).status == "retired"
+    shop.close()
+
+
+def test_a_promotion_that_died_before_the_registry_is_finished(home: Any, trainer: Any) -> None:
+    """Where only the store was switched, the registry follows the store and not the other way round."""
+    trainer.skills = [0.6, 0.95]
+    first = _coach(home)
+    home.teach(300)
+    second = _coach(home)
+    shop = Workshop.open(home.settings)
+    tracking = shop.tracking
+    tracking.crown("mood", first.version, tracking.number_of("mood", first.version))
+    assert follow(shop, "mood") is None
+    assert home.store.policy_row("mood").champion == second.version
+    assert tracking.aliased("mood", CHAMPION) == second.version
+    shop.close()
+
+
+def test_a_version_nobody_has_is_named(home: Any, trainer: Any) -> None:
+    """Rolling back to nothing, or to an unknown version, says what there is."""
+    _coach(home)
+    shop = Workshop.open(home.settings)
+    with pytest.raises(TrainingError, match="nothing to go back to"):
+        before(shop, "mood", None)
+    with pytest.raises(TrainingError, match=r"it has v90of\d+ \(champion\)"):
+        before(shop, "mood", "nonsense")
+    shop.close()

@@ -1,0 +1,117 @@
+"""The gate, by simulation and at its edges."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from flows.gate import ERROR_RATE, Evidence, Pair, allowed_error, decide, paired_bound
+
+HELD_OUT, CANDIDATES = 400, 200
+GOOD = Evidence(
+    answered=100,
+    valid=100,
+    correlation=0.9,
+    correlation_low=0.8,
+    active=True,
+    reproduced=1.0,
+    pairs=None,
+    serving=False,
+)
+
+
+def _pairs(draw: random.Random, champion: float, difference: float, shared: float) -> list[Pair]:
+    """One candidate on the held-out examples, agreeing ``difference`` more often than the champion.
+
+    ``shared`` is the share of examples on which both do the same; on the rest they err independently.
+    """
+    pairs = []
+    own = difference / (1.0 - shared)
+    for _ in range(HELD_OUT):
+        right = draw.random() < champion
+        if draw.random() < shared:
+            pairs.append(Pair(float(right), float(right)))
+        else:
+            pairs.append(Pair(float(draw.random() < champion + own), float(right)))
+    return pairs
+
+
+def _promoted(difference: float, *, shared: float, serving: bool, champion: float = 0.85) -> float:
+    draw = random.Random(7)
+    passed = 0
+    for _ in range(CANDIDATES):
+        pairs = _pairs(draw, champion, difference, shared)
+        evidence = replace(GOOD, answered=HELD_OUT, valid=HELD_OUT, pairs=pairs, serving=serving)
+        passed += decide(evidence, coaching_trigger=0.7, margin=0.01).promoted
+    return passed / CANDIDATES
+
+
+@pytest.mark.parametrize("serving", [True, False])
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_slightly_worse_candidates_stay_out(shared: float, serving: bool) -> None:
+    """Of 200 candidates two points worse than the champion at most 5 % are promoted."""
+    assert _promoted(-0.02, shared=shared, serving=serving) <= 0.05
+
+
+@pytest.mark.parametrize("shared", [0.25, 0.5])
+def test_better_candidates_get_in(shared: float) -> None:
+    """Of 200 candidates three points better than the champion at least 60 % are promoted."""
+    assert _promoted(0.03, shared=shared, serving=True) >= 0.60
+
+
+def test_a_larger_margin_lets_more_in() -> None:
+    """The margin is what it says: the bound is compared with -margin."""
+    pairs = [Pair(1.0, 1.0)] * 380 + [Pair(0.0, 1.0)] * 12 + [Pair(1.0, 0.0)] * 8
+    serving = replace(GOOD, pairs=pairs, serving=True)
+    assert not decide(serving, coaching_trigger=0.7, margin=0.01).promoted
+    assert decide(serving, coaching_trigger=0.7, margin=0.05).promoted
+
+
+def test_a_handful_of_equal_answers_proves_nothing() -> None:
+    """Ten examples on which both do the same do not make a serving champion's successor."""
+    bound = paired_bound([Pair(1.0, 1.0)] * 10, margin=0.01)
+    assert bound < -0.01
+
+
+def test_error_is_small_where_it_costs() -> None:
+    """More error is allowed only while nothing is served and little is held out."""
+    assert allowed_error(50, serving=True) == ERROR_RATE
+    assert allowed_error(400, serving=False) == ERROR_RATE
+    assert allowed_error(50, serving=False) == 0.30
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [
+        ({"valid": 97}, "schema_validity"),
+        ({"active": False}, "probe_active"),
+        ({"reproduced": 0.95}, "probe_reproduced"),
+        ({"correlation_low": 0.0}, "correlation_low"),
+        ({"correlation": 0.69, "serving": True}, "correlation"),
+    ],
+)
+def test_each_condition_can_refuse(change: dict[str, float], failed: str) -> None:
+    """Every condition of the gate refuses alone, and the reason names it with its figure."""
+    verdict = decide(replace(GOOD, **change), coaching_trigger=0.7, margin=0.01)
+    assert not verdict.promoted
+    assert [check.name for check in verdict.checks if not check.passed] == [failed]
+    assert verdict.reason.startswith(failed)
+
+
+def test_nothing_held_out_promotes_nobody() -> None:
+    """Without a held-out example there is no evidence, and no promotion."""
+    assert not decide(replace(GOOD, answered=0, valid=0), coaching_trigger=0.7, margin=0.01).promoted
+
+
+def _figures(values: Sequence[float]) -> list[Pair]:
+    return [Pair(value, 0.5) for value in values]
+
+
+def test_scores_between_0_and_1_count_by_their_size() -> None:
+    """Partial scores are paired as they are: a steady small gain is seen sooner than a rare large one."""
+    steady = paired_bound(_figures([0.6] * 100), margin=0.0)
+    rare = paired_bound(_figures([1.0] * 20 + [0.5] * 80), margin=0.0)
+    assert steady > rare
