@@ -22,5 +22,9 @@ def build_engine(settings: LocalSettings, root: Path) -> Engine:
                 max_new_tokens=settings.max_new_tokens,
                 max_memory_mb=settings.max_memory_mb,
             )
+        case "llama_cpp":
+            from apprentice.local.llama_cpp import LlamaCppEngine
+
+            return LlamaCppEngine(settings.base_model, root, url=settings.url, max_new_tokens=settings.max_new_tokens)
         case _:
             raise NotImplementedError(settings.backend)

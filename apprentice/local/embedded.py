@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 from apprentice.errors import ApprenticeError, EngineUnavailable, VersionError
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
+from apprentice.local.decoding import Decoding
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from apprentice.prompts import compact_prompt
 
 if TYPE_CHECKING:
-    from apprentice.local.decoding import Decoding, Vocabulary
+    import torch
+
     from apprentice.local.packed import LoraWeights, PackedModel
+    from apprentice.local.vocabulary import Vocabulary
 
 __all__ = ["EmbeddedEngine"]
 
@@ -185,8 +188,8 @@ class EmbeddedEngine:
             return
         base = resolve_base_model(self._base_model, self._root)
         model, tokenizer = load_model_and_tokenizer(base, device=self._device)
-        from apprentice.local.decoding import Vocabulary
         from apprentice.local.packed import PackedModel
+        from apprentice.local.vocabulary import Vocabulary
 
         self._base = base
         self._model = PackedModel(model, slots=_SLOTS)
@@ -347,16 +350,13 @@ class EmbeddedEngine:
         return taken
 
     def _begin(self, request: _Request) -> None:
-        from apprentice.local.decoding import Decoding
-
         assert self._vocabulary is not None
         held = request.held
         most = self._max_new_tokens if held.version.adapter else min(self._max_new_tokens, _UNTRAINED_TOKENS)
-        text = self._vocabulary.tokenizer(
-            compact_prompt(request.value), add_special_tokens=False, split_special_tokens=True
-        ).input_ids
+        text = self._vocabulary.tokens(compact_prompt(request.value))
         request.prompt_tokens = len(held.prefix) + len(text) + len(held.suffix)
-        request.decoding = Decoding(held.version.task, held.skeleton, self._vocabulary, [*text, *held.suffix], most)
+        prompt = [*text, *held.suffix]
+        request.decoding = Decoding(held.version.task, held.skeleton, self._vocabulary.encode, prompt, most)
 
     def _pass(self, running: list[_Request], free: list[int]) -> list[_Request]:
         """One pass over everything under way. Returns the requests that go on."""
@@ -390,11 +390,11 @@ class EmbeddedEngine:
         self._model.keep(done, kept)
         return going
 
-    def _step(self, request: _Request, decoding: Decoding, scores: Any) -> LocalAnswer | Exception | None:
+    def _step(self, request: _Request, decoding: Decoding, scores: torch.Tensor) -> LocalAnswer | Exception | None:
         if request.gives_up_at < self._clock():
             return EngineUnavailable("nobody waits for this answer any more")
         try:
-            decoding.decide(scores)
+            self._decide(decoding, scores)
             if not decoding.done:
                 return None
             return LocalAnswer(
@@ -407,6 +407,18 @@ class EmbeddedEngine:
             )
         except ApprenticeError as error:
             return error
+
+    def _decide(self, decoding: Decoding, scores: torch.Tensor) -> None:
+        assert self._vocabulary is not None
+        if decoding.position is None:
+            decoding.choose(scores.tolist())
+            return
+        found = self._vocabulary.likeliest(scores, decoding.position)
+        if found is None:
+            raise decoding.no_answer("cannot be continued with any token of the model")
+        token, after = found
+        probability = float((scores[token] - scores.logsumexp(0)).exp())
+        decoding.write((token,), self._vocabulary.bytes[token], probability, after)
 
     def _finish(self, request: _Request, result: LocalAnswer | Exception) -> None:
         self._count_out(request)

@@ -1,0 +1,299 @@
+"""llama.cpp's server: one that runs already (``local.url``), or started in this process from the wheel ``xllamacpp``.
+
+Versions are GGUF LoRAs over the very GGUF that training dequantised. llama.cpp reads adapters when it starts, so a new
+version is a new server beside the old one (the base is mapped into memory once), and the old one goes when its answers
+are out. A server by URL cannot be given adapters: start it with ``--lora FILE`` for each version it is to serve; the
+files are written when a version is loaded, and the error says where.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from apprentice.errors import ConfigError, EngineUnavailable, MissingExtra, Problem, VersionError
+from apprentice.local.adapter import check_adapter, read_adapter
+from apprentice.local.base_model import BaseModel, resolve_base_model
+from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.frame import Frame
+from apprentice.local.gguf_file import GgufHeader, read_gguf_header, write_lora
+from apprentice.local.grammar import gbnf
+from apprentice.local.served import Framed, Written, answer_by, ask_all, post
+from apprentice.local.skeleton import Free
+
+__all__ = ["LlamaCppEngine"]
+
+_SLOTS = 16
+_CONTEXT = 8192
+"""Tokens of all requests under way together."""
+_OUT_OF_REACH = 1000.0
+_CALM_S = 600.0
+"""For work that nobody waits for: loading, validation."""
+
+
+class _Completer:
+    """One llama.cpp server with one set of adapters, as following the skeleton needs it."""
+
+    def __init__(self, client: httpx.Client, loras: Sequence[Mapping[str, Any]]) -> None:
+        self._client = client
+        self._loras = list(loras)
+        self.encode = lru_cache(maxsize=4096)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return self.tokens(text, special=False)
+
+    def tokens(self, text: str, *, special: bool) -> tuple[int, ...]:
+        """Tokenise; ``special``: whether the text of a special token means the token."""
+        body = {"content": text, "add_special": False, "parse_special": special}
+        return tuple(self._post("/tokenize", body, time.monotonic() + _CALM_S)["tokens"]) if text else ()
+
+    def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
+        """Every other token is pushed out of reach; what is left is normalised over the ones that are asked for."""
+        reply = self._complete(
+            tokens,
+            ends_at,
+            n_predict=1,
+            n_probs=len(only),
+            post_sampling_probs=True,
+            temperature=1.0,
+            samplers=["temperature"],
+            logit_bias=[[token, _OUT_OF_REACH] for token in only],
+        )
+        found = {p["id"]: p["prob"] for p in reply["completion_probabilities"][0]["top_probs"]}
+        return [math.log(max(found.get(token, 0.0), 1e-30)) for token in only]
+
+    def write(self, tokens: Sequence[int], free: Free, most: int, ends_at: float) -> Written:
+        """Greedy, under the grammar in GBNF."""
+        reply = self._complete(
+            tokens, ends_at, n_predict=most + 1, n_probs=1, temperature=0.0, grammar=gbnf(free.grammar)
+        )
+        # The last token may be the end of the turn, which the grammar allows when it is complete; it has no bytes.
+        rows = [row for row in reply.get("completion_probabilities", ()) if row["bytes"]]
+        return Written(
+            tokens=[row["id"] for row in rows],
+            content=bytes(byte for row in rows for byte in row["bytes"]),
+            probability=math.exp(sum(row["logprob"] for row in rows)),
+        )
+
+    def _complete(self, tokens: Sequence[int], ends_at: float, **wanted: Any) -> Any:
+        body = {"prompt": list(tokens), "cache_prompt": True, "lora": self._loras, **wanted}
+        return self._post("/completion", body, ends_at)
+
+    def _post(self, path: str, body: Mapping[str, Any], ends_at: float) -> Any:
+        return post(self._client, "llama.cpp", path, body, ends_at)
+
+
+@dataclass(eq=False)
+class _Served:
+    """A version and the server that answers for it. ``process`` keeps one started here alive."""
+
+    framed: Framed
+    completer: _Completer
+    client: httpx.Client
+    bytes: int | None
+    process: Any = None
+    in_flight: int = 0
+    leaving: bool = False
+
+
+class LlamaCppEngine:
+    """See the module. ``threads``: for one server's computations; None leaves it to llama.cpp."""
+
+    def __init__(
+        self,
+        base_model: str,
+        root: Path,
+        *,
+        url: str | None = None,
+        max_new_tokens: int = 512,
+        threads: int | None = None,
+    ) -> None:
+        self._base_model = base_model
+        self._root = root
+        self._url = url
+        self._max_new_tokens = max_new_tokens
+        self._threads = threads
+        self._served: dict[str, _Served] = {}
+        self._loading = threading.Lock()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def load(self, version: Version) -> None:
+        """Bring up a server for the version, or find it in the one that runs."""
+        with self._loading:
+            if self._closed:
+                raise EngineUnavailable("the llama.cpp engine is closed")
+            served = self._served.get(version.name)
+            if served is not None and not served.leaving and _is_well(served.client):
+                return
+            base = self._base()
+            header = read_gguf_header(_gguf(base))
+            lora = self._lora(version, base, header)
+            frame = Frame.load(version.adapter) if version.adapter is not None else self._own_frame(base)
+            served = self._find(version, frame, lora) if self._url else self._bring_up(version, frame, base, lora)
+            with self._changed:
+                before = self._served.get(version.name)
+                self._served[version.name] = served
+            if before is not None:
+                _stop(before)
+
+    def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
+        """Answer one input."""
+        ends_at = time.monotonic() + deadline_s
+        with self._changed:
+            served = self._served.get(version)
+            if served is None or served.leaving:
+                raise VersionError(f"version {version} is not loaded; load it first")
+            served.in_flight += 1
+        try:
+            return answer_by(served.completer, served.framed, value, self._max_new_tokens, ends_at)
+        finally:
+            with self._changed:
+                served.in_flight -= 1
+                self._changed.notify_all()
+
+    def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
+        """As many at once as the server has slots."""
+        return ask_all(lambda value: self.answer(version, value, deadline_s=_CALM_S), values, _SLOTS)
+
+    def unload(self, version: str) -> None:
+        """Stop the version's server once its answers are out."""
+        with self._changed:
+            served = self._served.get(version)
+            if served is None:
+                return
+            served.leaving = True
+            self._changed.wait_for(lambda: served.in_flight == 0 or self._closed)
+            if self._served.get(version) is served:
+                del self._served[version]
+        _stop(served)
+
+    def loaded(self) -> list[LoadedVersion]:
+        """What it serves; the size is that of the adapter, since servers share the base's memory map."""
+        with self._changed:
+            return [LoadedVersion(name, s.framed.version.task, s.bytes) for name, s in self._served.items()]
+
+    def health(self) -> Health:
+        """Whether every server answers."""
+        if self._closed:
+            return Health(False, "closed")
+        if self._url:
+            with httpx.Client(base_url=self._url) as client:
+                return (
+                    Health(True) if _is_well(client) else Health(False, f"no llama.cpp server answers at {self._url}")
+                )
+        ill = [name for name, served in list(self._served.items()) if not _is_well(served.client)]
+        return Health(not ill, f"the server of version {ill[0]} does not answer" if ill else "")
+
+    def close(self) -> None:
+        """Stop every server that was started here."""
+        with self._changed:
+            self._closed = True
+            all_served = list(self._served.values())
+            self._served.clear()
+            self._changed.notify_all()
+        for served in all_served:
+            _stop(served)
+
+    def _base(self) -> BaseModel:
+        return resolve_base_model(self._base_model, self._root, dequantise=False)
+
+    def _lora(self, version: Version, base: BaseModel, header: GgufHeader) -> Path | None:
+        """The version's adapter as GGUF, converted once and kept in its folder."""
+        if version.adapter is None:
+            return None
+        check_adapter(version.adapter, base)
+        target = version.adapter / f"{version.name}.gguf"
+        if target.is_file():
+            read_gguf_header(target)
+        else:
+            write_lora(read_adapter(version.adapter), header, target, str(version.adapter))
+        return target
+
+    def _own_frame(self, base: BaseModel) -> Frame:
+        """The base model's own frame, which only the untrained model needs."""
+        from apprentice.local.base_model import load_tokenizer
+
+        return Frame.of_tokenizer(load_tokenizer(resolve_base_model(base.name, self._root)))
+
+    def _bring_up(self, version: Version, frame: Frame, base: BaseModel, lora: Path | None) -> _Served:
+        try:
+            import xllamacpp  # type: ignore[import-untyped]
+        except ImportError:
+            raise MissingExtra("llama.cpp in this process", "llama_cpp") from None
+        params = xllamacpp.CommonParams()
+        params.model.path = str(_gguf(base))
+        params.n_parallel, params.n_ctx, params.kv_unified = _SLOTS, _CONTEXT, True
+        params.warmup = False
+        if self._threads is not None:
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
+        if lora is not None:
+            adapter = xllamacpp.CommonAdapterLoraInfo()
+            adapter.path, adapter.scale = str(lora), 1.0
+            params.lora_adapters = [adapter]
+        try:
+            process = xllamacpp.Server(params)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            raise VersionError(
+                f"llama.cpp cannot start with version {version.name} ({error}); check the files and the free memory"
+            ) from error
+        client = _client(process.listening_address)
+        loras = [{"id": 0, "scale": 1.0}] if lora is not None else []
+        completer = _Completer(client, loras)
+        framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
+        return _Served(framed, completer, client, lora.stat().st_size if lora else 0, process)
+
+    def _find(self, version: Version, frame: Frame, lora: Path | None) -> _Served:
+        """The version among the adapters that a running server was started with."""
+        assert self._url is not None
+        client = _client(self._url)
+        try:
+            there = client.get("/lora-adapters").raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineUnavailable(f"no llama.cpp server answers at {self._url} ({error})") from None
+        mine = [row["id"] for row in there if lora is not None and Path(row["path"]).name == lora.name]
+        if lora is not None and not mine:
+            raise VersionError(
+                f"the llama.cpp server at {self._url} was not started with version {version.name}; "
+                f"restart it with --lora {lora}, or leave local.url out to have one started for each version"
+            )
+        # Every other adapter is switched off in each request.
+        loras = [{"id": row["id"], "scale": 1.0 if row["id"] in mine[:1] else 0.0} for row in there]
+        completer = _Completer(client, loras)
+        framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
+        return _Served(framed, completer, client, lora.stat().st_size if lora else 0)
+
+
+def _gguf(base: BaseModel) -> Path:
+    if base.gguf is None:
+        problem = Problem(
+            "local.base_model",
+            f"{base.name!r} comes with no GGUF file, and llama.cpp reads nothing else.",
+            "Give the .gguf file itself.",
+        )
+        raise ConfigError("local.base_model", [problem])
+    return base.gguf
+
+
+def _client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
+
+
+def _is_well(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health", timeout=5.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _stop(served: _Served) -> None:
+    served.client.close()
+    served.process = None

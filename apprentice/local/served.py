@@ -1,0 +1,124 @@
+"""Following the skeleton with a server that completes tokens.
+
+An engine behind a server asks it twice over: for the scores of a few next tokens (a choice), and for text within a
+grammar. The request is sent as token ids, tokenised piece by piece as in training, so what the server computes is
+what was learnt: no template, no token merged across a border. The server's prefix cache makes the second question of
+one request cheap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx
+
+from apprentice.errors import ApprenticeError, EngineUnavailable, OutputError, Problem
+from apprentice.local.decoding import Decoding
+from apprentice.local.engine import LocalAnswer, Version
+from apprentice.local.frame import Frame
+from apprentice.local.skeleton import Free, Skeleton
+from apprentice.prompts import compact_prompt
+
+__all__ = ["Completer", "Framed", "Written", "answer_by", "ask_all", "post"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Text that a server wrote: its tokens, their bytes and their joint probability."""
+
+    tokens: Sequence[int]
+    content: bytes
+    probability: float
+
+
+class Completer(Protocol):
+    """What a server can do with a row of tokens, in time. Raises `EngineUnavailable`, `OutputError`."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Tokenise without special tokens."""
+
+    def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
+        """The logits, up to a constant, of some next tokens."""
+
+    def write(self, tokens: Sequence[int], free: Free, most: int, ends_at: float) -> Written:
+        """Greedy text within the grammar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """A version with its skeleton and the frame's tokens."""
+
+    version: Version
+    skeleton: Skeleton
+    prefix: Sequence[int]
+    suffix: Sequence[int]
+
+    @classmethod
+    def of(cls, version: Version, frame: Frame, encode_frame: Callable[[str], Sequence[int]]) -> Framed:
+        """``encode_frame`` tokenises text in which special tokens are tokens."""
+        return cls(version, Skeleton.of(version.output_schema), encode_frame(frame.prefix), encode_frame(frame.suffix))
+
+
+def answer_by(server: Completer, framed: Framed, value: Mapping[str, Any], most: int, ends_at: float) -> LocalAnswer:
+    """Answer one input. ``ends_at`` is on the monotonic clock. Raises `EngineUnavailable`, `OutputError`."""
+    tokens = [*framed.prefix, *server.encode(compact_prompt(value)), *framed.suffix]
+    prompt_tokens = len(tokens)
+    decoding = Decoding(framed.version.task, framed.skeleton, server.encode, (), most)
+    tokens += decoding.pending
+    while not decoding.done:
+        if decoding.only is not None:
+            decoding.choose(server.scores(tokens, decoding.only, ends_at))
+        else:
+            assert decoding.free is not None
+            text = server.write(tokens, decoding.free, decoding.left, ends_at)
+            decoding.write(text.tokens, text.content, text.probability, None)
+        tokens += decoding.pending
+    return LocalAnswer(
+        output=decoding.output,
+        confidence=decoding.confidence,
+        field_confidence=decoding.field_confidence,
+        version=framed.version.name,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=decoding.answer_tokens,
+    )
+
+
+def ask_all(
+    ask: Callable[[Mapping[str, Any]], LocalAnswer], values: Sequence[Mapping[str, Any]], at_once: int
+) -> list[LocalAnswer | Exception]:
+    """Ask many, so many at once; an input that fails has its exception in its place."""
+
+    def one(value: Mapping[str, Any]) -> LocalAnswer | Exception:
+        try:
+            return ask(value)
+        except ApprenticeError as error:
+            return error
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix="apprentice-local") as threads:
+        return list(threads.map(one, values))
+
+
+def post(client: httpx.Client, who: str, path: str, body: Mapping[str, Any], ends_at: float) -> Any:
+    """POST JSON, read the reply as JSON, in time. Raises `EngineUnavailable`, `OutputError` (a request refused)."""
+    left_s = ends_at - time.monotonic()
+    if left_s <= 0:
+        raise _too_slow(who)
+    try:
+        response = client.post(path, json=body, timeout=left_s)
+        if response.status_code in (400, 413, 422):
+            problem = Problem("input", f"is refused by {who}: {response.text[:300]}", "Is it too long for the model?")
+            raise OutputError("", "the local model", [problem])
+        response.raise_for_status()
+        return response.json()
+    except httpx.TimeoutException:
+        raise _too_slow(who) from None
+    except (httpx.HTTPError, ValueError) as error:
+        raise EngineUnavailable(f"{who} does not answer ({error}); is it running?") from None
+
+
+def _too_slow(who: str) -> EngineUnavailable:
+    return EngineUnavailable(f"{who} did not answer in time; raise local.deadline_s or use a faster engine")
