@@ -686,7 +686,7 @@ def picture(result: Result, path: Path) -> None:
             name, (1.0, level), xycoords=("axes fraction", "data"), xytext=(-4, 2), textcoords="offset points",
             ha="right", fontsize=8, color=_GREY,
         )  # fmt: skip
-    shown = {EventKind.SHIFT: "v", EventKind.DRIFT: "v", EventKind.COACHING: "o", EventKind.EMERGENCY: "X"}
+    shown = {EventKind.SHIFT: "v", EventKind.DRIFT: "D", EventKind.COACHING: "o", EventKind.EMERGENCY: "X"}
     named: set[EventKind] = set()
     for when, event in result.events:
         if event.kind in shown:

@@ -153,13 +153,18 @@ class Slices:
         self.unseen = 0
         first = 0 if self.certified is None else self.certified + 1
         least = 1.0 / self.delta
+        # Below this not even equal capital behind all sizes would add up to what certifies the easiest slice.
+        quiet = math.log(least / len(LOG_PRIOR))
         reached = False
         total = [0.0] * len(LOG_PRIOR)
         for k, band in enumerate(self.bands):
             total = [held + added for held, added in zip(total, band, strict=True)]
             if k < first:
                 continue
-            worth = wealth([base + added for base, added in zip(self.bases[k], total, strict=True)])
+            held = [base + added for base, added in zip(self.bases[k], total, strict=True)]
+            if max(held) < quiet:
+                continue
+            worth = wealth(held)
             if worth > self.peaks[k]:
                 self.peaks[k] = worth
                 reached = reached or worth >= least

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 __all__ = ["LAMBDAS", "LOG_PRIOR", "PRIOR", "excess", "log_stakes", "wealth"]
 
@@ -44,11 +45,12 @@ def excess(score: float, chance: float, *, correlation: float, max_disagreement:
     return (1.0 - correlation) * (1.0 - chance) - (1.0 - score)
 
 
-def log_stakes(x: float, weight: float = 1.0) -> list[float]:
+# Scores and chance scores of labels take few values, so the logarithms repeat.
+@lru_cache(maxsize=8192)
+def log_stakes(x: float, weight: float = 1.0) -> tuple[float, ...]:
     """log(1 + lambda * weight * x) for each size of bet; ``x`` >= -1 and ``weight`` in [0, 1]."""
     wx = weight * x
-    log1p = math.log1p
-    return [log1p(size * wx) for size in LAMBDAS]
+    return tuple(math.log1p(size * wx) for size in LAMBDAS)
 
 
 def wealth(log_capital: Sequence[float]) -> float:

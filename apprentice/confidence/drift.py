@@ -78,7 +78,7 @@ class Guard:
 
     __slots__ = ("detector", "memory", "recent")
 
-    def __init__(self, level: float, arl: float, memory: int = 200) -> None:
+    def __init__(self, level: float, arl: float, memory: int = 500) -> None:
         self.detector = Detector(level, arl)
         self.memory = memory
         self.recent: list[float] = []
@@ -107,7 +107,7 @@ class Guard:
         }
 
     @classmethod
-    def load(cls, data: Mapping[str, Any], memory: int = 200) -> Guard:
+    def load(cls, data: Mapping[str, Any], memory: int = 500) -> Guard:
         """What ``dump`` gave."""
         guard = cls(data["level"], data["arl"], memory)
         guard.detector.sums = list(data["sums"])

@@ -439,8 +439,10 @@ class Trust:
         for seen in observations:
             if seen.served and self.phase is Phase.SERVE:
                 self.served_count += 1
+            if self.phase is not Phase.SERVE and self.watcher.detectors:
+                continue
             signs = self.watcher.add(seen)
-            if signs and self.phase is Phase.SERVE:
+            if signs:
                 self.force(self.settings.watch_checks)
                 events.append(Event(EventKind.UNUSUAL, {"signs": signs, "forced_checks": self.settings.watch_checks}))
         return events
