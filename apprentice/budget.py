@@ -285,6 +285,8 @@ class Budget:
 
     def _warn(self, window: CapWindow, state: WindowState, cost: Decimal) -> None:
         """Warn of the highest mark that this call carried the window's spending over; no other call does so again."""
+        if state.spent * 2 < window.cap:  # below the lowest mark, as nearly always
+            return
         for mark, level in _WARN_AT:
             if state.spent - cost < mark * window.cap <= state.spent:
                 share = f"{mark:.0%}"

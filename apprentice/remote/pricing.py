@@ -54,11 +54,8 @@ class Price:
 
     def worst(self, input_tokens: int, output_tokens: int) -> Decimal:
         """The most that a call of at most so many tokens can cost."""
-        written = self.cache_write > self.input
-        return max(
-            self.cost(Usage(input=input_tokens, output=output_tokens)),
-            self.cost(Usage(input=input_tokens, output=output_tokens, cache_write=input_tokens if written else 0)),
-        )
+        written = input_tokens if self.cache_write > self.input else 0
+        return self.cost(Usage(input=input_tokens, output=output_tokens, cache_write=written))
 
 
 class PriceList:

@@ -36,6 +36,8 @@ from apprentice.errors import MissingExtra, StoreError
 __all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database"]
 
 _BUSY_TIMEOUT_S = 60.0
+# PostgreSQL allows 100 connections by default, and many processes share it.
+_MOST_CONNECTIONS = 8
 
 
 class Cursor(Protocol):
@@ -272,7 +274,7 @@ class SqliteDatabase:
 
 
 class PostgresDatabase:
-    """A PostgreSQL server, through psycopg 3 and a small pool that grows to the number of threads at work."""
+    """A PostgreSQL server, through psycopg 3 and a pool of at most `_MOST_CONNECTIONS`; more threads wait for one."""
 
     dialect_name = "postgresql"
 
@@ -288,8 +290,7 @@ class PostgresDatabase:
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._compiler = _Compiler(core.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy left it untyped
         self._closed = False
-        self._pid = os.getpid()
-        self._idle: list[Any] = []
+        self._begin_anew()
         with self.read():
             pass  # a server that cannot be reached is reported now
 
@@ -323,12 +324,27 @@ class PostgresDatabase:
             raise
         self._give_back(connection)
 
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._idle: list[Any] = []
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+
     def _begin(self, how: str) -> Any:
-        """A connection in a transaction. An idle one that the server has dropped is replaced."""
+        """A connection in a transaction."""
         if self._closed:
             raise StoreError("the store is closed")
         if self._pid != os.getpid():
-            self._pid, self._idle = os.getpid(), []  # after a fork the parent's sockets are the parent's
+            self._begin_anew()  # after a fork the parent's sockets are the parent's
+        if not self._free.acquire(timeout=_BUSY_TIMEOUT_S):
+            raise StoreError(f"no connection to PostgreSQL became free within {_BUSY_TIMEOUT_S:g} s")
+        try:
+            return self._connected(how)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def _connected(self, how: str) -> Any:
+        """An idle connection, where there is one that the server has not dropped, else a new one."""
         while True:
             try:
                 connection = self._idle.pop()
@@ -353,18 +369,18 @@ class PostgresDatabase:
             yield connection
 
     def _give_back(self, connection: Any) -> None:
-        if self._closed:
+        if self._closed or connection.closed:
             connection.close()
         else:
             self._idle.append(connection)
+        self._free.release()
 
     def _give_up(self, connection: Any) -> None:
         try:
             connection.execute("ROLLBACK")
         except self._psycopg.Error:
             connection.close()
-        else:
-            self._give_back(connection)
+        self._give_back(connection)
 
     def _explained(self, error: Exception) -> StoreError:
         text = str(error).strip().replace(self.url.password or "\0", "***")
