@@ -1,4 +1,4 @@
-"""The flow that a Prefect schedule starts: train whatever is due. `apprentice coach` does the same without a schedule."""
+"""The flow that a Prefect schedule starts: train whatever is due. `apprentice coach` does it without a schedule."""
 
 from __future__ import annotations
 

@@ -115,10 +115,13 @@ def build_trainer(backend: str) -> Trainer:
             from flows.trainers.axolotl import AxolotlTrainer
 
             return AxolotlTrainer()
+        case "openai":
+            from flows.trainers.openai import OpenAITrainer
+
+            return OpenAITrainer()
         case _:
-            raise TrainingError(
-                f"there is no trainer {backend!r}; set local.fine_tune_backend to huggingface, unsloth or axolotl"
-            )
+            known = "huggingface, unsloth, axolotl or openai"
+            raise TrainingError(f"there is no trainer {backend!r}; set local.fine_tune_backend to {known}")
 
 
 def read_rows(path: Path) -> Iterator[TrainingRow]:

@@ -164,13 +164,19 @@ class Loop:
         return torch.nn.functional.cross_entropy(logits.float(), targets)
 
     def _below(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
-        """The lower half's output for each row, computed when a row is first met."""
+        """The lower half's output for each row."""
         if not self._keeps:
             return self._halves.lower(rows)
-        new = [row for row in dict.fromkeys(rows) if row not in self._kept]
-        if new:
-            self._kept.update(zip(new, self._halves.lower(new), strict=True))
+        if not self._kept:
+            self._keep_all()
         return [self._kept[row] for row in rows]
+
+    def _keep_all(self) -> None:
+        """Run the lower half over everything, once, in an order of its own: a resumed run gets the same numbers."""
+        order = sorted(dict.fromkeys((*self._rows, *self._validation)), key=lambda row: (len(row.tokens), row.tokens))
+        for start in range(0, len(order), _LOWER_BATCH):
+            rows = order[start : start + _LOWER_BATCH]
+            self._kept.update(zip(rows, self._halves.lower(rows), strict=True))
 
     @torch.no_grad()
     def _validate(self) -> float:
