@@ -156,7 +156,8 @@ class SqliteDatabase:
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
-        self._writing = threading.RLock() if self._in_memory else threading.Lock()
+        # Re-entrant, so that a write inside a write is SQLite's error and no deadlock.
+        self._writing = threading.RLock()
         self._write_connection: sqlite3.Connection | None = None
         self._writes_durably = False
         self._readers: list[sqlite3.Connection] = []
@@ -165,7 +166,9 @@ class SqliteDatabase:
         if self._closed:
             raise StoreError("the store is closed")
         if self._pid != os.getpid():
-            self._begin_anew()  # after a fork: SQLite connections and held locks must not cross it
+            # After a fork: SQLite's connections and held locks must not cross it, nor be closed on this side of it.
+            self._inherited = (self._write_connection, self._readers)
+            self._begin_anew()
 
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[Transaction]:
@@ -358,6 +361,7 @@ class PostgresDatabase:
                 return connection
         try:
             connection = self._psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=2)
+            connection.execute(f"SET lock_timeout = '{_BUSY_TIMEOUT_S:g}s'")
             connection.execute(how)
         except self._psycopg.Error as error:
             raise self._explained(error) from error

@@ -118,6 +118,21 @@ def test_a_change_that_fails_leaves_nothing(store: Store) -> None:
     assert store.policy_row("a").revision == 0
 
 
+def test_a_write_inside_a_write_is_an_error(tmp_path: Path) -> None:
+    """A change that itself writes to the store gets an error, where it could have hung for ever."""
+    with Store.open(f"sqlite:///{tmp_path / 'x.db'}") as store:
+        store.ensure_tasks(["a"])
+
+        def nested(state: TaskState) -> StateChange:
+            store.ensure_tasks(["b"])
+            return state.change()
+
+        with pytest.raises(StoreError, match="transaction"):
+            store.update_state("a", nested)
+        assert list(store.policies()) == ["a"]
+        store.update_state("a", lambda s: s.change(phase=2))
+
+
 def test_changes_from_many_threads_are_all_kept(store: Store) -> None:
     """Read-modify-write loses no update: eight threads add to one text."""
     store.ensure_tasks(["a"])
