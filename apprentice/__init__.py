@@ -22,8 +22,7 @@ from apprentice.errors import (
     UnknownTask,
     VersionError,
 )
-from apprentice.router import Result
-from apprentice.status import TaskStatus
+from apprentice.result import Result, TaskStatus
 
 __all__ = [
     "Apprentice",

@@ -13,16 +13,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from apprentice.assembly import Assembly, assemble
 from apprentice.config import Settings, load_settings
 from apprentice.effects import run_async, run_sync
-from apprentice.local.engine import Engine
-from apprentice.router import Result
-from apprentice.status import TaskStatus, task_statuses
+from apprentice.result import Result, TaskStatus
+
+if TYPE_CHECKING:
+    from apprentice.assembly import Assembly
+    from apprentice.local.engine import Engine
 
 __all__ = ["Apprentice", "AsyncApprentice"]
 
@@ -44,6 +45,8 @@ class _Base:
 
     def status(self) -> dict[str, TaskStatus]:
         """Each task's phase, correlation, coverage, sampling rate, spend and savings, by name."""
+        from apprentice.status import task_statuses
+
         return task_statuses(self.parts.settings, self.parts.store, self.parts.judge)
 
     def wait_until_serving(self, task: str, timeout_s: float = 60.0) -> bool:
@@ -62,6 +65,9 @@ def _assemble(
     clock: Callable[[], float],
     draw: random.Random | None,
 ) -> Assembly:
+    # Half of all that Apprentice imports is the database's; who only imports names does not pay for it.
+    from apprentice.assembly import assemble
+
     settings = config if isinstance(config, Settings) else load_settings(config)
     return assemble(
         settings,

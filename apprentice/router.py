@@ -35,12 +35,13 @@ from apprentice.local.engine import LocalAnswer
 from apprentice.local.switch import Switch
 from apprentice.phases import Phase
 from apprentice.remote import RemoteAnswer, Teacher
+from apprentice.result import Result
 from apprentice.schema import Schema, SchemaError
 from apprentice.store import Store
 from apprentice.store.records import ExampleRecord, PolicyRow
 from apprentice.tally import Tally
 
-__all__ = ["Result", "Router"]
+__all__ = ["Router"]
 
 # How old a policy snapshot may be. A promotion by another process is followed within this time.
 SNAPSHOT_S = 1.0
@@ -54,14 +55,6 @@ _REMOTE_OUTCOMES = {
     Reason.SPOT_CHECK: "spot_check",
     Reason.TRUSTED: "deferred",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What the caller gets: the request's id, under which everything about it is recorded, and the answer."""
-
-    id: str
-    output: dict[str, Any]
 
 
 class Router:

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -15,37 +15,13 @@ from typing import TYPE_CHECKING, Any
 from apprentice.config import Settings, load_settings
 from apprentice.judge import Judge
 from apprentice.phases import Phase
+from apprentice.result import TaskStatus
 from apprentice.store import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["TaskStatus", "run_command", "status_table", "task_statuses"]
-
-
-@dataclass(frozen=True, slots=True)
-class TaskStatus:
-    """One task at one moment. What is not known yet is None.
-
-    ``correlation`` and ``agreement`` are those of the served slice over the window in phase 3, of everything before;
-    ``correlation_interval`` is their 95 % interval; ``spent`` is all that was ever spent on the task.
-    """
-
-    task: str
-    phase: int
-    champion: str | None
-    examples: int
-    comparisons: int
-    correlation: float | None
-    correlation_interval: tuple[float, float] | None
-    agreement: float | None
-    coverage: float
-    threshold: float | None
-    sampling_rate: float
-    coaching: bool
-    spent: Decimal
-    training_due: str | None
-    last_alert: str | None
+__all__ = ["run_command", "status_table", "task_statuses"]
 
 
 def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, TaskStatus]:

@@ -115,24 +115,28 @@ def run_replay(
     with Apprentice.from_config(settings, http_client=calls.client, environ=environ, draw=draw) as apprentice:
         parts, task = apprentice.parts, settings.task(task_name)
         evaluate = parts.judge.evaluator(task_name)
-        spend_without = moments[-1].spend_without if moments else Decimal(0)
         for moment in moments:
             view.show(moment)
+        price = _Price(
+            moments[-1].spend if moments else Decimal(0), moments[-1].spend_without if moments else Decimal(0)
+        )
         _train_if_due(apprentice, task_name, view)
         with log_path.open("a", encoding="utf-8") as log:
             for i, row in enumerate(traffic[len(moments) :], len(moments)):
                 answers = {Schema.dumps(row.value): row.answer}
                 before = calls.made
                 output = apprentice.run(task_name, row.value).output
-                spend_without += parts.teacher.estimate(task, row.value, row.answer)
+                asked = calls.made > before
+                spent = sum((row.cost for row in parts.store.spend()), Decimal(0))
+                price.count(spent, parts.teacher.estimate(task, row.value, row.answer), asked=asked)
                 state = parts.store.policy_row(task_name)
                 moment = Moment(
                     i=i,
                     phase=state.phase,
-                    asked_remote=calls.made > before,
+                    asked_remote=asked,
                     score=evaluate(output, row.answer).score,
-                    spend=sum((row.cost for row in parts.store.spend()), Decimal(0)),
-                    spend_without=spend_without,
+                    spend=spent,
+                    spend_without=price.without,
                     sampling_rate=state.sampling_rate,
                     threshold=state.threshold,
                     correlation=_correlation(parts.judge.figures(task_name)),
@@ -144,6 +148,28 @@ def run_replay(
                 view.show(moment)
                 _train_if_due(apprentice, task_name, view)
     return moments
+
+
+class _Price:
+    """What everything would have cost: the bill where the remote was asked, an estimate where it was not.
+
+    The estimate counts bytes for tokens, so it is scaled by what the bills so far say about it.
+    """
+
+    def __init__(self, spent: Decimal, without: Decimal) -> None:
+        self.without = without
+        self._spent = spent
+        self._billed = self._estimated = Decimal(0)
+
+    def count(self, spent: Decimal, estimate: Decimal, *, asked: bool) -> None:
+        """One more request, after which ``spent`` was spent in all."""
+        bill, self._spent = spent - self._spent, spent
+        if asked:
+            self._billed += bill
+            self._estimated += estimate
+            self.without += bill
+        else:
+            self.without += estimate * (self._billed / self._estimated if self._estimated else Decimal(1))
 
 
 def _protocol(remote: RemoteSettings) -> Vendor:

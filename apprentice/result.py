@@ -1,0 +1,42 @@
+"""What callers get back: the answer to a request, and the standing of a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+__all__ = ["Result", "TaskStatus"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the caller gets: the request's id, under which everything about it is recorded, and the answer."""
+
+    id: str
+    output: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatus:
+    """One task at one moment. What is not known yet is None.
+
+    ``correlation`` and ``agreement`` are those of the served slice over the window in phase 3, of everything before;
+    ``correlation_interval`` is their 95 % interval; ``spent`` is all that was ever spent on the task.
+    """
+
+    task: str
+    phase: int
+    champion: str | None
+    examples: int
+    comparisons: int
+    correlation: float | None
+    correlation_interval: tuple[float, float] | None
+    agreement: float | None
+    coverage: float
+    threshold: float | None
+    sampling_rate: float
+    coaching: bool
+    spent: Decimal
+    training_due: str | None
+    last_alert: str | None
