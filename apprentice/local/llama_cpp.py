@@ -9,6 +9,7 @@ files are written when a version is loaded, and the error says where.
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -233,6 +234,10 @@ class LlamaCppEngine:
         params.model.path = str(_gguf(base))
         params.n_parallel, params.n_ctx, params.kv_unified = _SLOTS, _CONTEXT, True
         params.warmup = False
+        params.verbosity = -1
+        # It listens on this machine's loopback, where web pages can reach it too: only this process knows the key.
+        key = secrets.token_urlsafe(24)
+        params.api_keys = [key]
         if self._threads is not None:
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
         if lora is not None:
@@ -245,7 +250,7 @@ class LlamaCppEngine:
             raise VersionError(
                 f"llama.cpp cannot start with version {version.name} ({error}); check the files and the free memory"
             ) from error
-        client = _client(process.listening_address)
+        client = _client(process.listening_address, key)
         loras = [{"id": 0, "scale": 1.0}] if lora is not None else []
         completer = _Completer(client, loras)
         framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
@@ -283,8 +288,12 @@ def _gguf(base: BaseModel) -> Path:
     return base.gguf
 
 
-def _client(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
+def _client(url: str, key: str | None = None) -> httpx.Client:
+    return httpx.Client(
+        base_url=url,
+        headers={"authorization": f"Bearer {key}"} if key else {},
+        limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
+    )
 
 
 def _is_well(client: httpx.Client) -> bool:
