@@ -29,13 +29,14 @@ from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.encoding import encode
 from flows.trainers.recipe import Recipe, choose
 
-__all__ = ["PeftTrainer", "adopt", "save_adapter", "toolchain"]
+__all__ = ["PeftTrainer", "adopt", "save_adapter", "toolchain", "with_lora"]
 
 
 class PeftTrainer:
-    """``local.fine_tune_backend: huggingface``."""
+    """``local.fine_tune_backend: huggingface``. ``every_layer`` trains all layers on a CPU too: slower, not better."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, every_layer: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_layer = every_layer
         self._clock = clock
 
     def preflight(self, job: TrainingJob) -> None:
@@ -64,6 +65,8 @@ class PeftTrainer:
         skeleton = Skeleton.of(job.output_schema)
         on_gpu = model.device.type == "cuda"
         recipe = choose(job.settings, rows=len(rows), layers=model.config.num_hidden_layers, on_gpu=on_gpu)
+        if self._every_layer:
+            recipe = replace(recipe, trained_layers=model.config.num_hidden_layers)
         spared = set(random.Random(recipe.seed).sample(range(len(rows)), recipe.validation))
         encoded, left_out = encode(
             (row for i, row in enumerate(rows) if i not in spared), tokenizer, frame, skeleton, job.settings.max_length
@@ -78,7 +81,7 @@ class PeftTrainer:
                 f"local.training.max_length ({job.settings.max_length} tokens); raise it"
             )
         torch.manual_seed(recipe.seed)
-        lora = _with_lora(model, recipe, base.name)
+        lora = with_lora(model, recipe, base.name)
         loop = Loop(recipe, encoded, validation, lora, model, progress, self._clock)
         outcome = loop.run(Checkpoint(_made(job.work) / "checkpoint.pt", job.dataset.name, recipe))
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=_made(job.adapters)) as folder:
@@ -100,7 +103,8 @@ class PeftTrainer:
         )
 
 
-def _with_lora(model: Any, recipe: Recipe, base_name: str) -> Any:
+def with_lora(model: Any, recipe: Recipe, base_name: str) -> Any:
+    """A base model wrapped with untrained adapters where the recipe wants them. Raises `TrainingError`."""
     from peft import LoraConfig, get_peft_model
 
     layers = model.config.num_hidden_layers

@@ -5,6 +5,7 @@ Unsloth patches transformers when it is imported, and pins it, so it lives in an
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -40,9 +41,10 @@ class UnslothTrainer:
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Train, resuming at the last checkpoint in ``job.work``."""
+        FastLanguageModel = importlib.import_module("unsloth").FastLanguageModel  # noqa: N806  # first: it patches the rest
+
         import torch
         from transformers import Trainer, TrainerCallback, TrainingArguments
-        from unsloth import FastLanguageModel  # first: it patches what is imported after it
 
         from flows.trainers.encoding import encode
         from flows.trainers.labelled import IGNORED, labelled
@@ -74,9 +76,9 @@ class UnslothTrainer:
                 for key, value in fill.items()
             }
 
-        class Tell(TrainerCallback):  # type: ignore[misc]  # transformers is typed where it is installed
-            def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-                loss = (logs or {}).get("loss")
+        class Tell(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+                loss = (told.get("logs") or {}).get("loss")
                 seen = state.num_input_tokens_seen
                 progress(Progress(state.global_step, state.max_steps, loss, seen, time.monotonic() - started))
 
@@ -86,11 +88,10 @@ class UnslothTrainer:
             num_train_epochs=recipe.epochs,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
-            warmup_ratio=recipe.warm_up,
+            warmup_steps=max(1, round(recipe.warm_up * recipe.steps(len(encoded)))),
             weight_decay=0.0,
             bf16=torch.cuda.is_bf16_supported(),
             fp16=not torch.cuda.is_bf16_supported(),
-            group_by_length=True,
             logging_steps=5,
             save_strategy="epoch",
             save_total_limit=1,
