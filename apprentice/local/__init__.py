@@ -26,5 +26,17 @@ def build_engine(settings: LocalSettings, root: Path) -> Engine:
             from apprentice.local.llama_cpp import LlamaCppEngine
 
             return LlamaCppEngine(settings.base_model, root, url=settings.url, max_new_tokens=settings.max_new_tokens)
-        case _:
-            raise NotImplementedError(settings.backend)
+        case "vllm":
+            from apprentice.local.vllm import VllmEngine
+
+            url = settings.url or "http://127.0.0.1:8000"
+            return VllmEngine(settings.base_model, root, url=url, max_new_tokens=settings.max_new_tokens)
+        case "ollama":
+            from apprentice.local.ollama import OllamaEngine
+
+            url = settings.url or "http://127.0.0.1:11434"
+            return OllamaEngine(settings.base_model, url=url, max_new_tokens=settings.max_new_tokens)
+        case "hosted":
+            from apprentice.local.hosted import HostedEngine
+
+            return HostedEngine(max_new_tokens=settings.max_new_tokens)

@@ -24,7 +24,7 @@ from apprentice.errors import VersionError
 from apprentice.local.base_model import BaseModel
 from apprentice.local.frame import Frame
 
-__all__ = ["Adapter", "LoraLayer", "check_adapter", "content_name", "read_adapter"]
+__all__ = ["Adapter", "LoraLayer", "check_adapter", "check_files", "content_name", "read_adapter"]
 
 CONFIG, WEIGHTS, FRAME = "adapter_config.json", "adapter_model.safetensors", "frame.json"
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -59,22 +59,30 @@ def content_name(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_adapter(folder: Path, base: BaseModel) -> None:
-    """Check that the files are whole and made for this base, without loading either. Raises `VersionError`."""
-    config = _config(folder)
+def check_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Check that the files are whole. Gives each layer's shape, (out, in). Raises `VersionError`."""
+    _config(folder)
     Frame.load(folder)
     header, _ = _header(folder / WEIGHTS)
-    shapes = _base_shapes(base)
+    layers = {}
     for layer, (a, b) in _pairs(folder, header).items():
         rank, fan_in = header[a]["shape"]
         fan_out, rank_b = header[b]["shape"]
         if rank != rank_b:
             raise VersionError(f"{folder / WEIGHTS}: {layer} has ranks {rank} and {rank_b}; {_AGAIN}")
-        if shapes is None:
-            continue
+        layers[layer] = (fan_out, fan_in)
+    return layers
+
+
+def check_adapter(folder: Path, base: BaseModel) -> None:
+    """Check that the files are whole and made for this base, without loading either. Raises `VersionError`."""
+    layers = check_files(folder)
+    shapes = _base_shapes(base)
+    for layer, (fan_out, fan_in) in layers.items() if shapes is not None else ():
+        assert shapes is not None
         expected = shapes.get(f"{layer}.weight")
         if expected != (fan_out, fan_in):
-            trained_on = config.get("base_model_name_or_path")
+            trained_on = _config(folder).get("base_model_name_or_path")
             found = "has no such layer" if expected is None else f"has {expected[0]} x {expected[1]} there"
             raise VersionError(
                 f"{folder} changes {layer}, {fan_out} x {fan_in}, but the base model {base.name} {found}: "

@@ -172,15 +172,15 @@ def _train(base: BaseModel, folder: Path, task: str, schema: Schema, rows: Seque
             for row in encoded
         ]
     )
-    optimiser = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=2e-2)
+    optimiser = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(150):
         loss = lora(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        if loss.item() < 1e-3:
+        if loss.item() < 0.02:
             break
-    assert loss.item() < 0.05, f"the tiny model did not learn {task}: {loss.item()}"
+    assert loss.item() < 0.1, f"the tiny model did not learn {task}: {loss.item()}"
     lora.save_pretrained(folder, save_embedding_layers=False)
     frame.save(folder)
     return Version(content_name(folder), task, folder, schema)

@@ -58,7 +58,7 @@ def test_pieces_join_to_the_answer(output: dict[str, Any]) -> None:
 
 
 def test_an_enum_of_words_leaves_one_word_to_decide() -> None:
-    """The commonest task of all costs one decision: the quote before the word is forced, the one behind belongs to it."""
+    """The commonest task costs one decision: the quote before the word is forced, the one behind belongs to it."""
     pieces = Skeleton.of(parse_schema({"emotion": "joy | fear"})).pieces({"emotion": "joy"})
     assert [(p.text, p.decided) for p in pieces] == [('{"emotion":"', False), ('joy"', True), ("}", False)]
 

@@ -1,0 +1,217 @@
+"""A running vLLM server: adapters loaded at run time, decisions by allowed tokens and grammars, log-probabilities.
+
+Start it with ``--enable-lora`` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a machine that sees ``local.model_dir``
+under the same path. A version's name is its content hash, so the server's prefix cache, which goes by name, is never
+stale.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from apprentice.errors import ConfigError, EngineUnavailable, Problem, VersionError
+from apprentice.local.adapter import check_adapter
+from apprentice.local.base_model import resolve_base_model
+from apprentice.local.drained import Drained
+from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.frame import Frame
+from apprentice.local.grammar import gbnf
+from apprentice.local.served import Framed, Written, answer_by, ask_all, post
+from apprentice.local.skeleton import Free
+
+__all__ = ["VllmEngine"]
+
+_AT_ONCE = 64
+_CALM_S = 600.0
+_MOST_LOGPROBS = 20
+"""vLLM's default --max-logprobs."""
+
+
+class _Completer:
+    """The server with one model name: an adapter's, or the base's."""
+
+    def __init__(self, client: httpx.Client, model: str) -> None:
+        self._client = client
+        self._model = model
+        self.encode = lru_cache(maxsize=4096)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        # The server takes the text of a special token for the token. Cut in two, it is letters again.
+        parts = re.split(r"(?<=<)(?=[|/a-z])|(?<=\[)(?=/?INST)", text)
+        return tuple(token for part in parts if part for token in self.tokens(part))
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Tokenise; the text of a special token means the token."""
+        if not text:
+            return ()
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        return tuple(post(self._client, "vLLM", "/tokenize", body, time.monotonic() + _CALM_S)["tokens"])
+
+    def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
+        """The server decides among the allowed tokens and names the likeliest of all.
+
+        An allowed token that is not among those is less likely than the last of them, and counted as likely as that.
+        """
+        choice = self._complete(
+            tokens,
+            ends_at,
+            max_tokens=1,
+            logprobs=_MOST_LOGPROBS,
+            allowed_token_ids=list(only),
+            return_tokens_as_token_ids=True,
+        )
+        (top,) = choice["logprobs"]["top_logprobs"]
+        known = {int(name.removeprefix("token_id:")): logprob for name, logprob in top.items()}
+        decided = int(choice["logprobs"]["tokens"][0].removeprefix("token_id:"))
+        least = min(known.values())
+        scores = [known.get(token, least) for token in only]
+        # What the server decided stands, also where rounding made another as likely.
+        scores[list(only).index(decided)] = max(*scores, known.get(decided, least))
+        return scores
+
+    def write(self, tokens: Sequence[int], free: Free, most: int, ends_at: float) -> Written:
+        """Greedy, under the grammar."""
+        choice = self._complete(
+            tokens,
+            ends_at,
+            max_tokens=most,
+            logprobs=0,
+            structured_outputs={"grammar": gbnf(free.grammar)},
+            return_tokens_as_token_ids=True,
+        )
+        ids = [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
+        logprobs = choice["logprobs"]["token_logprobs"]
+        if choice["finish_reason"] == "stop":
+            # The last token ended the turn; it has no text.
+            ids, logprobs = ids[:-1], logprobs[:-1]
+        return Written(ids, choice["text"].encode(), math.exp(sum(logprobs)))
+
+    def _complete(self, tokens: Sequence[int], ends_at: float, **wanted: Any) -> Any:
+        body = {"model": self._model, "prompt": list(tokens), "temperature": 0.0, **wanted}
+        return post(self._client, "vLLM", "/v1/completions", body, ends_at)["choices"][0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    framed: Framed
+    completer: _Completer
+
+
+class VllmEngine:
+    """See the module. ``transport`` replaces the network in tests."""
+
+    def __init__(
+        self,
+        base_model: str,
+        root: Path,
+        *,
+        url: str,
+        max_new_tokens: int = 512,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._base_model = base_model
+        self._root = root
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._max_new_tokens = max_new_tokens
+        limits = httpx.Limits(max_connections=2 * _AT_ONCE, max_keepalive_connections=_AT_ONCE)
+        self._client = httpx.Client(base_url=self._url, limits=limits, transport=transport)
+        self._versions: Drained[_Loaded] = Drained("vllm")
+
+    def load(self, version: Version) -> None:
+        """Load the adapter into the server, unless the server has it."""
+        models = self._models()
+        if self._versions.get(version.name) is not None and (version.adapter is None or version.name in models):
+            return
+        if version.adapter is None:
+            frame = self._own_frame()
+            model = next(iter(models))
+        else:
+            check_adapter(version.adapter, resolve_base_model(self._base_model, self._root, dequantise=False))
+            frame = Frame.load(version.adapter)
+            model = version.name
+            if model not in models:
+                self._load_adapter(version)
+        completer = _Completer(self._client, model)
+        self._versions.put(version.name, _Loaded(Framed.of(version, frame, completer.tokens), completer))
+
+    def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
+        """Answer one input."""
+        ends_at = time.monotonic() + deadline_s
+        with self._versions.using(version) as loaded:
+            return answer_by(loaded.completer, loaded.framed, value, self._max_new_tokens, ends_at)
+
+    def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
+        """Many at once: the server batches them."""
+        return ask_all(lambda value: self.answer(version, value, deadline_s=_CALM_S), values, _AT_ONCE)
+
+    def unload(self, version: str) -> None:
+        """Have the server let go of the adapter once its answers are out."""
+        self._versions.drop(version, lambda loaded: self._unload_adapter(loaded.framed.version))
+
+    def loaded(self) -> list[LoadedVersion]:
+        """What was loaded here; the server does not tell sizes."""
+        return [LoadedVersion(name, held.framed.version.task, None) for name, held in self._versions.all().items()]
+
+    def health(self) -> Health:
+        """Whether the server answers."""
+        try:
+            status = self._client.get("/health", timeout=5.0).status_code
+        except httpx.HTTPError as error:
+            return Health(False, f"no vLLM server answers at {self._url} ({error})")
+        return Health(status == 200 and not self._versions.closed, "" if status == 200 else f"vLLM answers {status}")
+
+    def close(self) -> None:
+        """Take the adapters out of the server, which goes on running."""
+        for held in self._versions.close():
+            self._unload_adapter(held.framed.version)
+        self._client.close()
+
+    def _models(self) -> list[str]:
+        """The names the server answers to, the base model's first."""
+        try:
+            rows = self._client.get("/v1/models", timeout=10.0).raise_for_status().json()["data"]
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise EngineUnavailable(f"no vLLM server answers at {self._url} ({error}); is it running?") from None
+        return sorted(
+            (row["id"] for row in rows), key=lambda name: any(r["id"] == name and r.get("parent") for r in rows)
+        )
+
+    def _load_adapter(self, version: Version) -> None:
+        body = {"lora_name": version.name, "lora_path": str(version.adapter)}
+        try:
+            response = self._client.post("/v1/load_lora_adapter", json=body, timeout=_CALM_S)
+        except httpx.HTTPError as error:
+            raise EngineUnavailable(f"vLLM at {self._url} does not answer ({error})") from None
+        if response.status_code == 404 and "Not Found" in response.text:
+            problem = Problem(
+                "local.url",
+                f"the vLLM server at {self._url} loads no adapters at run time.",
+                "Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.",
+            )
+            raise ConfigError("local.url", [problem])
+        if response.status_code != 200 and "already been loaded" not in response.text:
+            raise VersionError(
+                f"vLLM refuses version {version.name} at {version.adapter} ({response.text[:300]}); "
+                "does it see that folder, and is its --max-lora-rank large enough?"
+            )
+
+    def _unload_adapter(self, version: Version) -> None:
+        if version.adapter is not None:
+            try:
+                self._client.post("/v1/unload_lora_adapter", json={"lora_name": version.name}, timeout=30.0)
+            except httpx.HTTPError:
+                return  # the server is gone, and with it the adapter
+
+    def _own_frame(self) -> Frame:
+        from apprentice.local.base_model import load_tokenizer
+
+        return Frame.of_tokenizer(load_tokenizer(resolve_base_model(self._base_model, self._root)))
