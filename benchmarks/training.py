@@ -76,7 +76,7 @@ def _trl(examples: list[TrainingRow], base: str, recipe: Recipe, tokenizer: Any)
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Trainer
     from trl import SFTConfig, SFTTrainer
 
     frame = Frame.of_tokenizer(tokenizer)
@@ -86,8 +86,15 @@ def _trl(examples: list[TrainingRow], base: str, recipe: Recipe, tokenizer: Any)
     tokens = sum(len(tokenizer(p["prompt"] + p["completion"], add_special_tokens=False).input_ids) for p in pairs)
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if on_gpu else torch.float32)
+
+    class OnCpu(SFTTrainer):
+        """TRL 1.15 computes its loss with Triton kernels only; on a CPU the model's own loss stands in for it."""
+
+        compute_loss = Trainer.compute_loss
+
+    kind = SFTTrainer if on_gpu else OnCpu
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
+        trainer = kind(
             model=model,
             args=SFTConfig(
                 output_dir=folder,
@@ -100,8 +107,6 @@ def _trl(examples: list[TrainingRow], base: str, recipe: Recipe, tokenizer: Any)
                 disable_tqdm=True,
                 use_cpu=not on_gpu,
                 bf16=on_gpu,
-                # Its default needs Triton kernels, which a CPU has not.
-                loss_type="chunked_nll" if on_gpu else "nll",
             ),
             train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,

@@ -1,0 +1,99 @@
+"""The coach at work: what it trains first, what it follows, and the command line in front of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from apprentice.store.records import RunRecord
+from flows.commands import coach, promote, rollback
+from flows.dispatch import due_tasks, watch
+from flows.review import follow
+from flows.tracking import CHAMPION
+from flows.up import members
+from flows.workshop import Workshop
+
+pytestmark = [
+    pytest.mark.usefixtures("plainly"),
+    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
+]
+
+
+def test_a_watch_trains_what_is_due_and_follows_the_registry(home: Any, trainer: Any) -> None:
+    """A watch left alone trains once; an alias moved by hand afterwards is in the store within its next looks."""
+    trainer.skills = [0.6, 0.95]
+    stop, ended = threading.Event(), []
+
+    def told(task: str, result: Any) -> None:
+        ended.append((task, result))
+        if len(ended) == 1:
+            home.teach(300)
+        else:
+            stop.set()
+
+    watch(home.settings, stop=stop, engine=home.engine, told=told, poll_s=0.05)
+    assert [result.promoted for _, result in ended] == [True, True]
+    first, second = (result.version for _, result in ended)
+    assert home.store.policy_row("mood").champion == second
+    shop = Workshop.open(home.settings)
+    shop.tracking.set_alias("mood", CHAMPION, shop.tracking.number_of("mood", first))
+    assert follow(shop, "mood") == first
+    runner = CliRunner()
+    config = ["--config", str(home.config)]
+    assert f"{first} -> {second}" in runner.invoke(promote, ["mood", second, *config]).output
+    assert f"{second} -> {first}" in runner.invoke(rollback, ["mood", *config]).output
+    assert shop.tracking.aliased("mood", CHAMPION) == first
+    shop.close()
+
+
+def test_escalations_go_first(make_home: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order in the configuration, an escalated task is trained before the others."""
+    home = make_home()
+    reasons = {"mood": "100 new examples since 50"}
+    monkeypatch.setattr("flows.dispatch.due_reason", lambda _settings, _store, task: reasons[task])
+    two = home.settings.model_copy(
+        update={"tasks": (*home.settings.tasks, home.settings.tasks[0].model_copy(update={"name": "late"}))}
+    )
+    reasons["late"] = "escalated"
+    shop = Workshop.open(two)
+    assert [task for task, _ in due_tasks(two, shop)] == ["late", "mood"]
+    shop.close()
+
+
+def test_a_worker_that_was_killed_again_and_again_is_stopped(home: Any, trainer: Any) -> None:
+    """A run whose worker died three times in one step is closed with an alert instead of killing a fourth."""
+    from flows.coach import coach_task
+
+    run: RunRecord = home.store.start_run("mood", 60, "due", corpus_size=60)
+    home.store.update_run(run.id, step="finetune", attempts=3)
+    result = coach_task(home.settings, "mood", reason="due", engine=home.engine)
+    assert (result.version, result.promoted) == (None, False)
+    assert "killed 3 times in the step 'finetune'" in result.reason
+    assert [e.kind for e in home.store.events("mood")] == ["training_failed"]
+
+
+def test_commands_say_what_is_wrong(home: Any) -> None:
+    """An unknown task, and --now without a task, are clear errors and not tracebacks."""
+    runner = CliRunner()
+    config = ["--config", str(home.config)]
+    unknown = runner.invoke(coach, ["moodd", "--now", *config])
+    assert "Configured tasks: mood" in str(unknown.exception)
+    assert "name the task" in runner.invoke(coach, ["--now", *config]).output
+
+
+def test_up_starts_what_a_machine_needs(home: Any) -> None:
+    """Four processes, each told where the others are; with an MLflow server of one's own, three."""
+    found = members(home.settings, home.config, port=1, prefect_port=2, mlflow_port=3)
+    assert [m.name for m in found] == ["prefect", "mlflow", "coach", "router"]
+    assert found[2].environment["PREFECT_API_URL"] == "http://127.0.0.1:2/api"
+    tracking = home.settings.tracking.model_copy(update={"uri": "http://mlflow:5000"})
+    elsewhere = home.settings.model_copy(update={"tracking": tracking})
+    names = [m.name for m in members(elsewhere, home.config, port=1, prefect_port=2, mlflow_port=3)]
+    assert names == ["prefect", "coach", "router"]
