@@ -85,7 +85,7 @@ class Slices:
         """``thresholds`` descend to 0.0; ``confidences`` are a sample of the traffic's, to place the entries."""
         self.thresholds = list(thresholds)
         self.delta = delta
-        self.look = 1 if len(self.thresholds) == 1 else 5
+        self.look = 1 if len(self.thresholds) == 1 else 8
         sample = max(1, len(confidences))
         self.shares = [sum(g >= t for g in confidences) / sample for t in self.thresholds]
         self.shares[-1] = 1.0
@@ -161,10 +161,10 @@ class Slices:
             total = [held + added for held, added in zip(total, band, strict=True)]
             if k < first:
                 continue
-            held = [base + added for base, added in zip(self.bases[k], total, strict=True)]
-            if max(held) < quiet:
+            base = self.bases[k]
+            if max(total) + max(base) < quiet:
                 continue
-            worth = wealth(held)
+            worth = wealth([start + added for start, added in zip(base, total, strict=True)])
             if worth > self.peaks[k]:
                 self.peaks[k] = worth
                 reached = reached or worth >= least

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from apprentice.confidence.acceptance import Slice, Slices, grid
 from apprentice.confidence.certify import excess
-from apprentice.confidence.correlation import Estimate, Tally, chance, wilson
+from apprentice.confidence.correlation import CHANCE_DRAWS, Estimate, Tally, chance, wilson
 from apprentice.confidence.drift import Guard
 from apprentice.confidence.watch import LocalObservation, Watch
 from apprentice.errors import EvaluatorError
@@ -54,7 +54,9 @@ FORMAT = 1
 # How many windows of plain numbers are remembered, so that a served slice of a third of the traffic fills its window.
 _MEMORY = 3
 _MOST_FIELDS = 8
-_LONGEST_ANSWER = 2000
+# What is kept of answers: this many characters in all, or twice the answers of one draw where these are longer.
+_REFERENCE_CHARACTERS = 60_000
+_LONGEST_PAIR = 8_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class TrustSettings:
     min_floor: float = 0.02
     decay_function: str = "exponential"
     trend_sensitivity: float = 0.05
-    max_fall: float = 0.90
+    max_fall: float = 0.95
     """A comparison lowers the sampling rate at most by this factor."""
     arl: float = 10_000
     """Mean number of spot checks to a false alarm of the guard, at least."""
@@ -457,9 +459,9 @@ class Trust:
         if score is None or not 0.0 <= score <= 1.0:
             return None
         project = getattr(evaluate, "project", None)
-        local, remote = (
-            answer if project is None else project(answer) for answer in (comparison.local, comparison.remote)
-        )
+        local, remote = comparison.local, comparison.remote
+        if project is not None:
+            local, remote = project(local), project(remote)
         weight = 1.0
         if comparison.probability > 0.0:
             weight = min(1.0, max(0.0, comparison.sampling_rate / comparison.probability))
@@ -469,9 +471,15 @@ class Trust:
         """Keep the answers to draw chance scores from, as a fair sample of the traffic."""
         if pending.weight < 1.0 and draw.random() >= pending.weight:
             return
-        if self.slices is not None and _size(pending.local) + _size(pending.remote) > 2 * _LONGEST_ANSWER:
+        size = _size(pending.local) + _size(pending.remote)
+        if self.slices is not None and size > _LONGEST_PAIR:
             return
-        if len(self.reference) < self.settings.window_size:
+        room = self.settings.window_size
+        if size * room > _REFERENCE_CHARACTERS:
+            room = max(2 * CHANCE_DRAWS, _REFERENCE_CHARACTERS // size)
+            del self.reference[room:]
+            self.place = min(self.place, len(self.reference) - 1)
+        if len(self.reference) < room:
             self.reference.append((pending.local, pending.remote))
         else:
             self.place = (self.place + 1) % len(self.reference)
@@ -512,9 +520,9 @@ class Trust:
                     self.fields.append(name)
         return _Seen(
             pending.confidence,
-            round(pending.score, 6),
-            round(c, 6),
-            round(pending.weight, 6),
+            pending.score,
+            c,
+            pending.weight,
             [round(pending.parts.get(name, -1.0), 4) for name in self.fields],
             [round(chances.get(name, 0.0), 4) for name in self.fields],
         )

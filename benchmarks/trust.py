@@ -1,0 +1,530 @@
+"""What the trust mathematics promises, measured by simulation beside its reference.
+
+    python -m benchmarks.trust            minutes: a sample of every claim
+    python -m benchmarks.trust --full     the sizes of the claims themselves
+
+Each ``measure_*`` returns plain numbers; the tests assert the statistical ones through the same functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from apprentice.confidence.acceptance import Slices, grid
+from apprentice.confidence.certify import excess
+from apprentice.confidence.correlation import Tally, chance
+from apprentice.confidence.drift import Detector
+from apprentice.confidence.trust import Comparison, LocalObservation, Trust, TrustSettings
+from apprentice.evaluators import Evaluation
+from apprentice.phases import Phase
+from apprentice.simulate import LocalModel, Scenario, Training, load_scenario, simulate
+
+DELTA = 0.05
+SCENARIOS = Path(__file__).parent.parent / "examples" / "scenarios"
+HIT, MISS = Evaluation(1.0, {}), Evaluation(0.0, {})
+
+# The most confident 25, 50, 75 and 100 % of ISEAR after so many training answers: the row of 500 was measured with
+# SmolLM2-135M; the others are guesses around it.
+ISEAR_CURVE = {50: (0.80, 0.65, 0.52, 0.45), 500: (0.98, 0.90, 0.79, 0.68), 2000: (0.99, 0.95, 0.86, 0.74)}
+
+
+def same(local: Any, remote: Any) -> Evaluation:
+    """The evaluator of all these worlds: labels are equal or not."""
+    return HIT if local == remote else MISS
+
+
+class Labels:
+    """A remote that answers labels of given frequencies, and a local model of a given correlation with it.
+
+    The local answer is the remote's with probability rho, else an independent draw of the same frequencies: its
+    correlation is then rho exactly, whatever the frequencies.
+    """
+
+    def __init__(self, frequencies: Sequence[float], draw: random.Random) -> None:
+        self.labels = range(len(frequencies))
+        self.cumulative = list(accumulate(frequencies))
+        self.base = sum((f / self.cumulative[-1]) ** 2 for f in frequencies)
+        self.draw = draw
+
+    def rho(self, agreement: float) -> float:
+        """The correlation of a model of this agreement."""
+        return (agreement - self.base) / (1.0 - self.base)
+
+    def one(self) -> int:
+        """One label."""
+        return self.draw.choices(self.labels, cum_weights=self.cumulative)[0]
+
+    def pair(self, rho: float) -> tuple[int, int]:
+        """(local, remote)."""
+        remote = self.one()
+        return (remote if self.draw.random() < rho else self.one()), remote
+
+
+def tail_bound(trials: int, probability: float, fails: float = 1e-4) -> int:
+    """The most successes that ``trials`` of at most ``probability`` exceed with probability at most ``fails``."""
+    held = 0.0
+    for count in range(trials + 1):
+        log_term = (
+            math.lgamma(trials + 1)
+            - math.lgamma(count + 1)
+            - math.lgamma(trials - count + 1)
+            + count * math.log(probability)
+            + (trials - count) * math.log1p(-probability)
+        )
+        held += math.exp(log_term)
+        if held >= 1.0 - fails:
+            return count
+    return trials
+
+
+# -- 1: certification ------------------------------------------------------------------------------------------------
+
+
+def comparisons_to_certify(labels: Labels, rho: float, tau: float, horizon: int) -> int | None:
+    """Looking after every comparison: how many until ``correlation >= tau`` is certified; None for never."""
+    slices = Slices([0.0], DELTA)
+    window = [labels.pair(rho) for _ in range(16)]
+    for n in range(1, horizon + 1):
+        local, remote = labels.pair(rho)
+        c, _ = chance(local, remote, window, same, labels.draw)
+        s = same(local, remote).score
+        if slices.add(1.0, s, excess(s, c, correlation=tau, max_disagreement=None), 1.0):
+            return n
+        window.append((local, remote))
+        if len(window) > 100:
+            del window[0]
+    return None
+
+
+def balances() -> dict[str, list[float]]:
+    """The label frequencies of the claims: 2, 7 and 77 classes, balanced, and with 95 % for the first."""
+    worlds = {}
+    for classes in (2, 7, 77):
+        worlds[f"{classes} balanced"] = [1.0] * classes
+        worlds[f"{classes} at 95/5"] = [0.95, *[0.05 / (classes - 1)] * (classes - 1)]
+    return worlds
+
+
+def measure_false_certification(
+    frequencies: Sequence[float], streams: int, horizon: int, tau: float = 0.85, seed: int = 1
+) -> int:
+    """How many of ``streams`` at exactly rho = tau are ever certified."""
+    labels = Labels(frequencies, random.Random(seed))
+    return sum(comparisons_to_certify(labels, tau, tau, horizon) is not None for _ in range(streams))
+
+
+def measure_time_to_certify(classes: int, streams: int, agreement: float = 0.95, tau: float = 0.85) -> float:
+    """Median comparisons to certify a model of this agreement."""
+    labels = Labels([1.0] * classes, random.Random(2))
+    rho = labels.rho(agreement)
+    return statistics.median(comparisons_to_certify(labels, rho, tau, 3000) or 3000 for _ in range(streams))
+
+
+# -- 2: the model that always gives the commonest answer -------------------------------------------------------------
+
+
+def measure_commonest(windows: int, tasks: int, comparisons: int) -> tuple[float, float, int]:
+    """(mean agreement, mean correlation over windows of 100, tasks that leave phase 2) on a 95/5 task."""
+    draw = random.Random(3)
+    labels = Labels([0.95, 0.05], draw)
+    agreements, correlations = [], []
+    for _ in range(windows):
+        tally = Tally()
+        pairs = [(0, labels.one()) for _ in range(100)]
+        for i, (local, remote) in enumerate(pairs):
+            c, _ = chance(local, remote, pairs[i + 1 :] + pairs[:i], same, draw)
+            tally.add(same(local, remote).score, c)
+        agreements.append(tally.agreement or 0.0)
+        # A window without the rare answer has nothing to correct for; its correlation is its agreement by definition.
+        correlations.append(tally.correlation or 0.0)
+    left = 0
+    for _ in range(tasks):
+        trust = Trust.fresh(TrustSettings())
+        trust.promoted([], same, draw)
+        for i in range(comparisons):
+            remote = labels.one()
+            trust.observe(Comparison(str(i), float(remote == 0), {}, draw.random(), 0, remote), same, draw)
+            if trust.phase is Phase.SERVE:
+                left += 1
+                break
+    return statistics.mean(agreements), statistics.mean(correlations), left
+
+
+# -- 3: drift --------------------------------------------------------------------------------------------------------
+
+
+class Cusum:
+    """Page's CUSUM for a known change of a Bernoulli mean: the optimum that knows both ends."""
+
+    def __init__(self, before: float, after: float, threshold: float) -> None:
+        self.up = math.log((1.0 - after) / (1.0 - before))
+        self.down = math.log(after / before)
+        self.threshold = threshold
+        self.sum = 0.0
+
+    def add(self, score: float) -> bool:
+        """Count one score; whether this is an alarm."""
+        self.sum = max(0.0, self.sum + (self.down if score else self.up))
+        return self.sum >= self.threshold
+
+
+class PageHinkley:
+    """river's, told to look for a rise of the disagreement."""
+
+    def __init__(self, threshold: float) -> None:
+        from river.drift import PageHinkley as River
+
+        self.detector = River(min_instances=10, delta=0.025, threshold=threshold, alpha=1.0, mode="up")
+
+    def add(self, score: float) -> bool:
+        """Count one score; whether this is an alarm."""
+        self.detector.update(1.0 - score)  # type: ignore[no-untyped-call]
+        return bool(self.detector.drift_detected)
+
+
+class Adwin:
+    """river's ADWIN, counting only changes for the worse."""
+
+    def __init__(self, delta: float) -> None:
+        from river.drift import ADWIN
+
+        self.detector = ADWIN(delta=delta, clock=1, grace_period=10)  # type: ignore[no-untyped-call]
+
+    def add(self, score: float) -> bool:
+        """Count one score; whether this is an alarm."""
+        before = self.detector.estimation
+        self.detector.update(1.0 - score)  # type: ignore[no-untyped-call]
+        return bool(self.detector.drift_detected) and self.detector.estimation > before
+
+
+def run_length(detector: Any, agreement: float, draw: random.Random, horizon: int) -> int:
+    """Scores until the alarm, or ``horizon``."""
+    uniform = draw.random
+    for n in range(1, horizon + 1):
+        if detector.add(1.0 if uniform() < agreement else 0.0):
+            return n
+    return horizon
+
+
+def measure_false_alarms(runs: int, horizon: int = 200_000, make: Callable[[], Any] | None = None) -> float:
+    """Mean number of scores at the promised agreement until a false alarm; runs cut at ``horizon`` count as that."""
+    draw = random.Random(4)
+    make = make or (lambda: Detector(0.95, 10_000))
+    return statistics.mean(run_length(make(), 0.95, draw, horizon) for _ in range(runs))
+
+
+def measure_delay(
+    after: float, runs: int, make: Callable[[], Any] | None = None, warm_up: int = 0, seed: int = 5
+) -> float:
+    """Mean number of scores from the change to the alarm, after ``warm_up`` scores without one."""
+    draw = random.Random(seed)
+    make = make or (lambda: Detector(0.95, 10_000))
+    delays: list[int] = []
+    while len(delays) < runs:
+        detector = make()
+        if warm_up and run_length(detector, 0.95, draw, warm_up) < warm_up:
+            continue
+        delays.append(run_length(detector, after, draw, 20_000))
+    return statistics.mean(delays)
+
+
+def calibrated(
+    make: Callable[[float], Any], low: float, high: float, far: float, runs: int, *, rising: bool
+) -> tuple[float, float]:
+    """The setting (bisected on a log scale) whose mean time to a false alarm is ``far``, and that mean time."""
+    measured = 0.0
+    for _ in range(7):
+        middle = math.sqrt(low * high)
+        measured = measure_false_alarms(runs, int(8 * far), partial(make, middle))
+        if (measured < far) == rising:
+            low = middle
+        else:
+            high = middle
+    middle = math.sqrt(low * high)
+    return middle, measured
+
+
+# -- 4: acceptance slices --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """A local model whose agreement at confidence rank u (0 the surest) is a logistic curve."""
+
+    at_surest: float
+    slope: float
+
+    def agreement(self, rank: float) -> float:
+        """At one rank."""
+        return 1.0 / (1.0 + math.exp(-(self.at_surest - self.slope * rank)))
+
+    def up_to(self, share: float, steps: int = 200) -> float:
+        """Of the most confident ``share`` together."""
+        return statistics.fmean(self.agreement(share * (i + 0.5) / steps) for i in range(steps))
+
+    def largest(self, agreement: float) -> float:
+        """The share that an oracle would serve at this agreement."""
+        if self.up_to(1.0) >= agreement:
+            return 1.0
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.up_to(middle) >= agreement else (low, middle)
+        return low
+
+
+def measure_slices(
+    tasks: int, comparisons: int, *, target: float = 0.85, max_disagreement: float | None = None, seed: int = 6
+) -> tuple[int, float, float]:
+    """(tasks whose served slice is truly below target, mean coverage, mean coverage of an oracle).
+
+    Every task has another model: its agreement on its surest answers and how fast it falls are drawn at random, from
+    models that are good everywhere to models that are good nowhere.
+    """
+    draw = random.Random(seed)
+    needed = 1.0 - (max_disagreement if max_disagreement is not None else (1.0 - target) * 6.0 / 7.0)
+    below = 0
+    served, oracle = [], []
+    for _ in range(tasks):
+        model = Confidence(draw.uniform(3.0, 6.0), draw.uniform(0.0, 6.0))
+        labels = Labels([1.0] * 7, draw)
+        slices: Slices | None = None
+        waiting: list[tuple[float, float, float, float]] = []
+        window: list[tuple[int, int]] = [labels.pair(0.9) for _ in range(16)]
+        for _ in range(comparisons):
+            rank = draw.random()
+            remote = labels.one()
+            local = remote
+            if draw.random() >= model.agreement(rank):
+                local = (remote + 1 + draw.randrange(6)) % 7
+            s = same(local, remote).score
+            c, _ = chance(local, remote, window, same, draw)
+            x = excess(s, c, correlation=target, max_disagreement=max_disagreement)
+            window.append((local, remote))
+            if len(window) > 100:
+                del window[0]
+            if slices is None:
+                waiting.append((1.0 - rank, s, x, 1.0))
+                if len(waiting) == TrustSettings().warm_up:
+                    confidences = [g for g, *_ in waiting]
+                    slices = Slices(grid(confidences, TrustSettings().min_coverage), DELTA, confidences)
+                    slices.replay(waiting)
+            else:
+                slices.add(1.0 - rank, s, x, 1.0)
+        threshold = slices.threshold if slices is not None else None
+        share = 0.0 if threshold is None else 1.0 - threshold
+        served.append(share)
+        oracle.append(model.largest(needed))
+        below += share > 0.0 and model.up_to(share) < needed
+    return below, statistics.fmean(served), statistics.fmean(oracle)
+
+
+# -- 5: the unbiased estimate ----------------------------------------------------------------------------------------
+
+
+def measure_bias(runs: int, requests: int, agreement: float = 0.93) -> tuple[float, float, float]:
+    """(bias of the estimate, its Monte-Carlo error, bias of the plain mean of the spot checks).
+
+    The rate follows the scores, as in production: it rises after bad ones and falls after good ones.
+    """
+    draw = random.Random(7)
+    labels = Labels([1.0] * 7, draw)
+    rho = labels.rho(agreement)
+    settings = TrustSettings(deferral=False, max_disagreement=0.2, decay_function="linear", arl=1e12)
+    estimates, plain = [], []
+    for _ in range(runs):
+        trust = Trust.fresh(settings)
+        trust.promoted(
+            [
+                Comparison("seed", same(*p).score, {}, 1.0, *p, seeded=True)
+                for p in (labels.pair(rho) for _ in range(200))
+            ],
+            same,
+            draw,
+        )
+        if trust.phase is not Phase.SERVE:
+            continue
+        scores = []
+        for i in range(requests):
+            rate = trust.policy_numbers.sampling_rate
+            trust.watch((LocalObservation(1.0),))
+            if draw.random() < rate:
+                local, remote = labels.pair(rho)
+                s = same(local, remote).score
+                scores.append(s)
+                trust.observe(Comparison(str(i), s, {}, 1.0, local, remote, rate, rate, True), same, draw)
+        if trust.served_agreement is not None:
+            estimates.append(trust.served_agreement - agreement)
+            plain.append(statistics.fmean(scores) - agreement)
+    error = statistics.stdev(estimates) / math.sqrt(len(estimates))
+    return statistics.fmean(estimates), error, statistics.fmean(plain)
+
+
+# -- 8, offline: a stream like ISEAR ---------------------------------------------------------------------------------
+
+
+def measure_isear(runs: int, max_disagreement: float, held_out: float = 0.2, delta: float = DELTA) -> dict[str, float]:
+    """4,000 requests with a local model whose agreement follows ``ISEAR_CURVE``; means over ``runs`` streams."""
+    scenario = Scenario(
+        "isear",
+        requests=4000,
+        local=LocalModel(curve=ISEAR_CURVE),
+        training=Training(first=500, growth=1.0, held_out=held_out, delay=0),
+        trust=TrustSettings(max_disagreement=max_disagreement, delta=delta),
+    )
+    results = [simulate(replace(scenario, seed=seed), points=60) for seed in range(1, runs + 1)]
+    summaries = [result.summary() for result in results]
+    served = sum(result.local_served for result in results)
+    first = [next((p["from_request"] for p in s["phases"] if p["phase"] == 3), 4000) for s in summaries]
+    return {
+        "remote_share": statistics.fmean(s["remote_share"] for s in summaries),
+        "remote_share_tail": statistics.fmean(s["remote_share_tail"] for s in summaries),
+        "coverage": statistics.fmean(s["coverage"] for s in summaries),
+        "agreement_local": sum(result.local_agreed for result in results) / max(1, served),
+        "first_served": statistics.median(first),
+    }
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure everything and print it."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="the sizes of the claims themselves")
+    full = parser.parse_args().full
+    console = Console(width=150, highlight=False)
+
+    def line(what: str, measured: str, reference: str, ok: bool | None = None) -> None:
+        mark = {True: "[green]ok[/]", False: "[red]MISSED[/]", None: ""}[ok]
+        console.print(f"  {what:<58} {measured:>26}   {reference:<46} {mark}")
+
+    def head(text: str) -> None:
+        console.print(f"\n[bold]{text}[/]")
+
+    streams, horizon = (2000, 500) if full else (200, 300)
+    head(f"1  False certification at rho = tau = .85, {streams:,} streams of {horizon}, looking after every comparison")
+    for name, frequencies in balances().items():
+        wrong = measure_false_certification(frequencies, streams, horizon)
+        line(
+            f"{name} classes",
+            f"{wrong / streams:.2%}",
+            "at most 5 %; 2.7 % (7 balanced, design)",
+            wrong <= DELTA * streams,
+        )
+    for classes, limit, known in ((7, 110, 96), (77, 80, 71)):
+        median = measure_time_to_certify(classes, 1000 if full else 200)
+        line(
+            f"{classes} classes: median to certify .95",
+            f"{median:.0f} comparisons",
+            f"at most {limit}; design {known}",
+            median <= limit,
+        )
+
+    windows, tasks, count = (1000, 1000, 1000) if full else (300, 40, 400)
+    head(f"2  Always the commonest class of 95/5: {windows} windows, {tasks} tasks of {count} comparisons")
+    agreement, rho, left = measure_commonest(windows, tasks, count)
+    line("agreement", f"{agreement:.3f}", ".95")
+    line("correlation", f"{rho:.3f}", "at most .05", rho <= 0.05)
+    line("tasks that leave phase 2", f"{left / tasks:.1%}", "at most 5 %", left <= DELTA * tasks)
+
+    runs, delays = (200, 2000) if full else (30, 300)
+    head(f"3  Drift: mean spot checks to a false alarm ({runs} runs) and to a true one ({delays} runs)")
+    far = measure_false_alarms(runs)
+    line("Shiryaev-Roberts: to a false alarm", f"{far:,.0f}", "at least 10,000", far >= 10_000)
+    ours = {after: measure_delay(after, delays) for after in (0.80, 0.90)}
+    line(
+        "Shiryaev-Roberts: .95 -> .80 / .95 -> .90",
+        f"{ours[0.8]:.0f} / {ours[0.9]:.0f}",
+        "at most 58 / 310",
+        ours[0.8] <= 58 and ours[0.9] <= 310,
+    )
+    late = {after: measure_delay(after, delays // 3, warm_up=500) for after in (0.80, 0.90)}
+    line("  the same, after 500 good scores", f"{late[0.8]:.0f} / {late[0.9]:.0f}", "")
+    rivals: list[tuple[str, Callable[[float, float], Any], float, float, bool]] = [
+        ("CUSUM, told both ends", lambda after, h: Cusum(0.95, after, h), 1.0, 12.0, True),
+        ("Page-Hinkley (river)", lambda _, h: PageHinkley(h), 1.0, 60.0, True),
+        ("ADWIN (river)", lambda _, d: Adwin(d), 1e-9, 0.5, False),
+    ]
+    for name, make, low, high, rising in rivals:
+        measured = []
+        alarm = 0.0
+        for after in (0.80, 0.90):
+            setting, alarm = calibrated(partial(make, after), low, high, far, 40 if full else 12, rising=rising)
+            measured.append(measure_delay(after, delays // 3, partial(make, after, setting), warm_up=500))
+        line(
+            f"{name}, same false alarms ({alarm:,.0f})",
+            f"{measured[0]:.0f} / {measured[1]:.0f}",
+            "optimum with known parameters 42 / 203 at 10,000",
+        )
+
+    tasks = 1000 if full else 100
+    head(f"4  Acceptance slices after 1,000 comparisons, {tasks} tasks with models of every quality")
+    for name, loss in (
+        ("correlation .85", None),
+        ("disagreement at most .10", 0.10),
+        ("disagreement at most .05", 0.05),
+    ):
+        below, covered, best = measure_slices(tasks, 1000, max_disagreement=loss)
+        line(
+            f"{name}: served slice truly below target",
+            f"{below / tasks:.1%}",
+            "at most 5 %",
+            below <= (DELTA * tasks if full else tail_bound(tasks, DELTA)),
+        )
+        ok = covered >= 0.8 * best if loss is None else None
+        line(
+            "  coverage beside an oracle's",
+            f"{covered:.3f} of {best:.3f} = {covered / best:.2f}",
+            "at least .80, aim .90",
+            ok,
+        )
+
+    bias, error, plain = measure_bias(1000 if full else 100, 2000)
+    head("5  Agreement of what was served, with a sampling rate that follows the scores")
+    line(
+        "bias of the estimate",
+        f"{bias:+.5f} +- {error:.5f}",
+        "within 4 Monte-Carlo errors of 0",
+        abs(bias) <= 4 * error,
+    )
+    line("bias of the plain mean", f"{plain:+.5f}", "")
+
+    head("6, 7  Scenarios: steepest fall of the sampling rate a comparison, and speed")
+    for path in sorted(SCENARIOS.glob("*.yaml")):
+        scenario = load_scenario(path)
+        result = simulate(scenario)
+        summary = result.summary()
+        speed = summary["requests_per_core_second"]
+        line(
+            f"{scenario.name}: {speed:,} requests/s",
+            f"x {result.steepest_fall:.3f}",
+            f"at least x {scenario.trust.max_fall}; 20,000 requests/s",
+            result.steepest_fall >= scenario.trust.max_fall - 1e-9 and speed >= 20_000,
+        )
+
+    head("8  A stream like ISEAR (4,000 requests, simulated): remote share / last third, realised agreement")
+    for loss, rivals_share in ((0.05, "rivals .91-.99 / .85-.98, aim .75 / .60"), (0.10, "rivals .75-.83 / .66-.81")):
+        for held_out, delta in ((0.2, 0.05), (0.4, 0.05), (0.4, 0.2)):
+            s = measure_isear(60 if full else 10, loss, held_out, delta)
+            line(
+                f"at most {loss:.0%}, held out {held_out:.0%}, delta {delta}: from request {s['first_served']:,.0f}",
+                f"{s['remote_share']:.3f} / {s['remote_share_tail']:.3f}, {s['agreement_local']:.3f}",
+                rivals_share,
+                s["agreement_local"] >= 1.0 - loss,
+            )
+
+
+if __name__ == "__main__":
+    main()

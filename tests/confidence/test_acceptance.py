@@ -1,0 +1,104 @@
+"""Acceptance slices: several thresholds, one error."""
+
+import json
+import random
+
+import pytest
+
+from apprentice.confidence.acceptance import ENTRIES, Slices, grid
+from benchmarks.trust import DELTA, measure_slices, tail_bound
+
+
+def feed(slices: Slices, agreement: float, count: int, draw: random.Random, target: float = 0.1) -> None:
+    for _ in range(count):
+        s = float(draw.random() < agreement)
+        slices.add(draw.random(), s, target - (1.0 - s), 1.0)
+
+
+def test_the_grid_descends_to_everything():
+    """Slices start at the least coverage, grow by a twentieth, end at everything, and never repeat."""
+    thresholds = grid([i / 100 for i in range(1, 101)], 0.1)
+    assert thresholds[0] == 0.91
+    assert thresholds[-1] == 0.0
+    assert thresholds == sorted(set(thresholds), reverse=True)
+    assert len(thresholds) == 19
+
+
+@pytest.mark.parametrize("confidences", [[], [0.5] * 40, [0.0] * 40, [1.0, 0.0] * 20])
+def test_a_confidence_that_says_nothing(confidences: list[float]):
+    """Ties make fewer slices; everything is always one of them."""
+    thresholds = grid(confidences, 0.1)
+    assert thresholds[-1] == 0.0
+    assert len(thresholds) <= 2
+    Slices(thresholds, DELTA, confidences)
+
+
+def test_the_entries_share_out_delta():
+    """The shares of delta sum to one, before and after a slice handed its own on."""
+    assert sum(part for _, part in ENTRIES) == pytest.approx(1.0)
+    slices = Slices([0.8, 0.5, 0.0], DELTA, [i / 10 for i in range(10)])
+    assert sum(slices.entry_shares()) == pytest.approx(1.0)
+    first = slices.needed()[0]
+    slices.peaks[0] = 1e6
+    assert slices.needed()[1] < Slices([0.8, 0.5, 0.0], DELTA, [i / 10 for i in range(10)]).needed()[1]
+    assert slices.needed()[0] == first
+
+
+def test_a_good_model_serves_everything():
+    """Agreement .99 against at most .10: everything within 150 comparisons, though the grid has 19 slices."""
+    slices = Slices(grid([i / 100 for i in range(1, 101)], 0.1), DELTA, [i / 100 for i in range(1, 101)])
+    feed(slices, 0.99, 150, random.Random(1))
+    assert slices.threshold == 0.0
+    assert slices.curve()[-1].certified
+
+
+def test_a_restart_forgets_the_evidence_and_keeps_the_grid():
+    """After an alarm nothing is certified, and the same thresholds are bet on again."""
+    slices = Slices([0.5, 0.0], DELTA)
+    feed(slices, 1.0, 200, random.Random(1))
+    assert slices.certified == 1
+    slices.restart()
+    assert slices.certified is None
+    assert slices.thresholds == [0.5, 0.0]
+    assert slices.agreement(1) is None
+
+
+def test_a_tenth_attempt_needs_ten_times_the_evidence():
+    """Evidence shared with earlier attempts can certify by itself with a share of delta only."""
+    slices = Slices([0.0], DELTA)
+    feed(slices, 1.0, 60, random.Random(1))
+    assert slices.certified == 0
+    worth = slices.curve()[0].wealth
+    slices.hedge(0.1)
+    assert slices.peaks[0] == pytest.approx(0.1 * worth + 0.9, rel=1e-6)
+    assert (slices.certified == 0) == (0.1 * worth + 0.9 >= 1 / DELTA)
+
+
+def test_text_and_back():
+    """A state that went through JSON decides like the one that did not."""
+    draw = random.Random(3)
+    one = Slices(grid([draw.random() for _ in range(60)], 0.1), DELTA, [draw.random() for _ in range(60)])
+    feed(one, 0.93, 77, draw)
+    two = Slices.load(json.loads(json.dumps(one.dump())))
+    for seed in range(5):
+        feed(one, 0.97, 60, random.Random(seed))
+        feed(two, 0.97, 60, random.Random(seed))
+        assert one.certified == two.certified
+        assert [s.wealth for s in one.curve()] == pytest.approx([s.wealth for s in two.curve()], rel=1e-3)
+
+
+def test_few_tasks_serve_a_slice_below_target():
+    """Over models of every quality, the served slice is truly below target in at most delta of the tasks."""
+    below, covered, oracle = measure_slices(60, 500)
+    assert below <= tail_bound(60, DELTA)
+    assert covered <= oracle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_disagreement", [None, 0.1, 0.05])
+def test_few_tasks_serve_a_slice_below_target_in_full(max_disagreement: float | None):
+    """1,000 tasks of 1,000 comparisons; against correlation .85, at least .8 of an oracle's coverage."""
+    below, covered, oracle = measure_slices(1000, 1000, max_disagreement=max_disagreement)
+    assert below <= tail_bound(1000, DELTA)
+    if max_disagreement is None:
+        assert covered >= 0.8 * oracle
