@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 from apprentice.errors import TrainingError
 from apprentice.store.records import EventRecord, VersionRecord
@@ -20,6 +20,8 @@ from flows.tracking import CHAMPION
 from flows.workshop import Workshop
 
 __all__ = ["before", "crown", "follow"]
+
+type Level = Literal["info", "warning", "critical"]
 
 
 def follow(shop: Workshop, task: str) -> str | None:
@@ -80,5 +82,5 @@ def _evidence(shop: Workshop, version: VersionRecord) -> list[Any]:
 
 
 def _say(shop: Workshop, task: str, kind: str, evidence: dict[str, Any]) -> None:
-    level = "warning" if kind == "unknown_champion" else "info"
+    level: Level = "warning" if kind == "unknown_champion" else "info"
     shop.store.add_event(EventRecord(uuid.uuid4().hex, task, kind, level, evidence, shop.clock()))
