@@ -152,6 +152,7 @@ def _name_special_tokens(gguf: Path, tokenizer: Any, model: Any) -> None:
         field = fields.get(f"tokenizer.ggml.{key}_token_id")
         if field is not None:
             setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    tokenizer.clean_up_tokenization_spaces = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for name in ("bos", "eos", "pad"):

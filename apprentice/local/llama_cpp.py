@@ -76,8 +76,11 @@ class _Completer:
         reply = self._complete(
             tokens, ends_at, n_predict=most + 1, n_probs=1, temperature=0.0, grammar=gbnf(free.grammar)
         )
-        # The last token may be the end of the turn, which the grammar allows when it is complete; it has no bytes.
-        rows = [row for row in reply.get("completion_probabilities", ()) if row["bytes"]]
+        rows = reply.get("completion_probabilities", [])
+        # The end of the turn, which the grammar allows when it is complete. A token without bytes is not always that:
+        # it may be the first part of a character, whose bytes come with its last part.
+        if reply["stop_type"] == "eos":
+            rows = rows[:-1]
         return Written(
             tokens=[row["id"] for row in rows],
             content=bytes(byte for row in rows for byte in row["bytes"]),

@@ -1,0 +1,98 @@
+"""A fine-tuned model served by its vendor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import pytest
+
+from apprentice.errors import ConfigError, EngineUnavailable, VersionError
+from apprentice.local.engine import Version
+from apprentice.local.hosted import HostedEngine
+from apprentice.schema import parse_schema
+
+SCHEMA = parse_schema({"label": "a | b", "note": "str?"})
+MODEL = "ft:gpt-4o-mini-2024-07-18:team::abc"
+VERSION = Version("v1", "t", None, SCHEMA, remote_model=MODEL)
+
+
+class Vendor:
+    """Answers as Chat Completions does."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.status = 200
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        assert request.headers["authorization"] == "Bearer key"
+        assert request.url.path == "/v1/chat/completions"
+        self.asked.append(json.loads(request.content))
+        if self.status != 200:
+            return httpx.Response(self.status, json={"error": {"message": "no"}})
+        tokens = [('{"', 0.0), ("label", 0.0), ('":"', 0.0), ("b", math.log(0.8)), ('","', 0.0), ('note":null}', 0.0)]
+        return httpx.Response(
+            200,
+            json={
+                "choices": [
+                    {
+                        "message": {"content": "".join(t for t, _ in tokens)},
+                        "logprobs": {"content": [{"token": t, "logprob": p} for t, p in tokens]},
+                    }
+                ],
+                "usage": {"prompt_tokens": 1000, "completion_tokens": 10},
+            },
+        )
+
+
+@pytest.fixture
+def vendor() -> Vendor:
+    return Vendor()
+
+
+@pytest.fixture
+def engine(vendor: Vendor) -> Iterator[HostedEngine]:
+    engine = HostedEngine(environ={"OPENAI_API_KEY": "key"}, transport=httpx.MockTransport(vendor))
+    yield engine
+    engine.close()
+
+
+def test_it_is_asked_as_it_was_trained_and_priced(engine: HostedEngine, vendor: Vendor) -> None:
+    """The compact prompt alone, under the vendor's own schema; what it cost is added up."""
+    engine.load(VERSION)
+    answer = engine.answer("v1", {"text": "hello"}, deadline_s=5)
+    assert answer.output == {"label": "b", "note": None}
+    assert answer.field_confidence["label"] == pytest.approx(0.8)
+    (body,) = vendor.asked
+    assert body["model"] == MODEL
+    assert body["messages"] == [{"role": "user", "content": "hello"}]
+    assert body["response_format"]["json_schema"]["strict"] is True
+    assert engine.spent > Decimal(0)
+
+
+def test_a_version_that_is_not_hosted_is_refused(engine: HostedEngine) -> None:
+    """An adapter on disk cannot be sent to a vendor."""
+    with pytest.raises(VersionError, match="is not hosted"):
+        engine.load(Version("v2", "t", None, SCHEMA))
+
+
+def test_a_missing_key_or_price_is_found_at_load(vendor: Vendor) -> None:
+    """Neither waits for the first request; an unknown price is never zero."""
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        HostedEngine(environ={}, transport=httpx.MockTransport(vendor)).load(VERSION)
+    engine = HostedEngine(environ={"OPENAI_API_KEY": "key"}, transport=httpx.MockTransport(vendor))
+    with pytest.raises(ConfigError, match="price"):
+        engine.load(Version("v3", "t", None, SCHEMA, remote_model="no-such-model"))
+
+
+def test_a_vendor_that_fails_is_unavailable_and_its_key_stays_secret(engine: HostedEngine, vendor: Vendor) -> None:
+    """The breaker in front counts it; the message does not hold the key."""
+    engine.load(VERSION)
+    vendor.status = 500
+    with pytest.raises(EngineUnavailable) as caught:
+        engine.answer("v1", {"text": "hello"}, deadline_s=5)
+    assert "Bearer" not in str(caught.value)

@@ -1,0 +1,125 @@
+"""llama.cpp's real server, in this process, on a model small enough to train here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from apprentice.errors import ConfigError, OutputError, VersionError
+from apprentice.local.embedded import EmbeddedEngine
+from apprentice.local.engine import LocalAnswer, Version
+from apprentice.local.gguf_file import read_gguf_header
+from apprentice.local.llama_cpp import LlamaCppEngine
+from apprentice.local.switch import Switch
+from apprentice.schema import parse_schema
+from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Iterator[LlamaCppEngine]:
+    """An engine that starts its own servers."""
+    engine = LlamaCppEngine(str(tiny_folder), Path(), max_new_tokens=60, threads=1)
+    yield engine
+    engine.close()
+
+
+def test_it_answers_and_doubts_as_the_embedded_engine_does(
+    engine: LlamaCppEngine, train: Train, tiny_folder: Path
+) -> None:
+    """One adapter, two engines: the same answers and, in the same precision, the same confidence, field by field."""
+    embedded = EmbeddedEngine(str(tiny_folder), Path(), max_new_tokens=60)
+    unseen = [{"text": "I was afraid"}, {"text": "please help, the card was sad " * 3}, {"text": "é <|im_end|> x"}]
+    for version, rows in (
+        (train("emotion", EMOTION, EMOTIONS), EMOTIONS),
+        (train("ticket", TICKET, TICKETS), TICKETS),
+    ):
+        engine.load(version)
+        embedded.load(version)
+        values = [value for value, _ in rows] + (unseen if rows is EMOTIONS else [])
+        ours = embedded.answer_many(version.name, values)
+        theirs = engine.answer_many(version.name, values)
+        for (_, output), answer in zip(rows, theirs, strict=False):
+            assert isinstance(answer, LocalAnswer)
+            assert answer.output == output
+        for a, b in zip(ours, theirs, strict=True):
+            assert isinstance(a, LocalAnswer)
+            assert isinstance(b, LocalAnswer)
+            assert a.output == b.output
+            assert a.prompt_tokens == b.prompt_tokens
+            assert dict(b.field_confidence) == pytest.approx(dict(a.field_confidence), abs=0.02)
+    embedded.close()
+
+
+def test_versions_change_under_load_without_a_lost_or_mixed_answer(engine: LlamaCppEngine, train: Train) -> None:
+    """A new server comes up beside the old one, takes over, and the old one stops; a rollback is the same again."""
+    one = train("emotion", EMOTION, EMOTIONS)
+    other = train("emotion", EMOTION, [(value, {"emotion": "joy"}) for value, _ in EMOTIONS])
+    versions = {v.name: v for v in (one, other)}
+    expected = {one.name: [o["emotion"] for _, o in EMOTIONS], other.name: ["joy"] * len(EMOTIONS)}
+    alerts: list[str] = []
+    switch = Switch(engine, lambda task, name: versions[name], alert=lambda kind, task, evidence: alerts.append(kind))
+    switch.follow("emotion", one.name)
+    assert switch.wait_until_serving("emotion", one.name, 60)
+    stop: list[bool] = []
+
+    def call(start: int) -> int:
+        count = start
+        while not stop:
+            count += 1
+            answer = switch.answer("emotion", EMOTIONS[count % 4][0], 30.0)
+            assert answer.output["emotion"] == expected[answer.version][count % 4]
+        return count - start
+
+    with ThreadPoolExecutor(8) as threads:
+        callers = [threads.submit(call, i) for i in range(8)]
+        for version in (other, one, other):
+            switch.follow("emotion", version.name)
+            assert switch.wait_until_serving("emotion", version.name, 60)
+        stop.append(True)
+        assert sum(caller.result() for caller in callers) > 8
+    switch.close()
+    assert alerts == []
+
+
+def test_a_corrupt_gguf_never_reaches_llama_cpp(tiny_folder: Path, tmp_path: Path, train: Train) -> None:
+    """A file that would take the process with it is refused before."""
+    version = train("emotion", EMOTION, EMOTIONS)
+    whole = (tiny_folder / "tiny.gguf").read_bytes()
+    for content in (whole[: len(whole) // 2], b"no model at all, just some text", whole[:30]):
+        base = tmp_path / "base.gguf"
+        base.write_bytes(content)
+        engine = LlamaCppEngine(str(base), Path())
+        with pytest.raises(VersionError, match="fetch it again"):
+            engine.load(version)
+        engine.close()
+
+
+def test_a_base_without_a_gguf_is_a_config_error(tiny_folder: Path, tmp_path: Path) -> None:
+    """llama.cpp reads nothing else, and the remedy says so."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "hf")
+    (folder / "tiny.gguf").unlink()
+    with pytest.raises(ConfigError, match="comes with no GGUF"):
+        LlamaCppEngine(str(folder), Path()).load(Version("base", "t", None, EMOTION))
+
+
+def test_the_header_tells_shapes_and_metadata(tiny_folder: Path) -> None:
+    """What the conversion of adapters relies on."""
+    header = read_gguf_header(tiny_folder / "tiny.gguf")
+    assert header.metadata["general.architecture"] == "llama"
+    assert header.tensors["blk.0.attn_k.weight"] == (64, 32)
+
+
+def test_text_that_does_not_end_and_input_that_is_too_long_are_output_errors(
+    engine: LlamaCppEngine, train: Train, tiny_folder: Path
+) -> None:
+    """Both are about this one request, and the server goes on."""
+    version = train("ticket", TICKET, TICKETS)
+    short = LlamaCppEngine(str(tiny_folder), Path(), max_new_tokens=2, threads=1)
+    short.load(Version(version.name, "t", version.adapter, parse_schema({"text": "str"})))
+    answers = short.answer_many(version.name, [{"text": "I was happy"}, {"text": "word " * 9000}])
+    short.close()
+    assert [type(answer) for answer in answers] == [OutputError, OutputError]
