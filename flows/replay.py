@@ -29,6 +29,7 @@ from apprentice.client import Apprentice
 from apprentice.confidence.trust import Figures
 from apprentice.config import RemoteSettings, Settings, TrackingSettings, load_settings, require_key
 from apprentice.errors import ConfigError, Problem, UnknownTask
+from apprentice.local.engine import Engine
 from apprentice.phases import Phase
 from apprentice.schema import Schema, SchemaError
 from apprentice.store import Store
@@ -95,10 +96,11 @@ def run_replay(
     seed: int,
     view: LiveView,
     live_client: httpx.Client | None = None,
+    engine: Engine | None = None,
 ) -> list[Moment]:
     """Stream ``traffic`` through the system that ``settings`` describe, and go on where an earlier call stopped.
 
-    With ``live_client`` the real remote answers instead of the recording.
+    With ``live_client`` the real remote answers instead of the recording; ``engine`` stands in for the configured one.
     """
     log_path = settings.root / "replay.jsonl"
     moments = list(_logged(log_path))
@@ -112,7 +114,9 @@ def run_replay(
         settings = settings.model_copy(update={"remote": remote.model_copy(update={"additional_providers": ()})})
         environ = {remote.api_key_env: vendor.key}
     draw = random.Random(f"{seed}/{len(moments)}")
-    with Apprentice.from_config(settings, http_client=calls.client, environ=environ, draw=draw) as apprentice:
+    with Apprentice.from_config(
+        settings, http_client=calls.client, environ=environ, draw=draw, engine=engine
+    ) as apprentice:
         parts, task = apprentice.parts, settings.task(task_name)
         evaluate = parts.judge.evaluator(task_name)
         for moment in moments:

@@ -78,7 +78,7 @@ class LiveView:
         self._moments.append(moment)
         self._progress.update(self._requests, completed=moment.i + 1)
         if not self._console.is_terminal and (moment.i + 1) % 100 == 0:
-            self._console.print(self._line(moment))
+            self._console.print(self._line(moment), soft_wrap=True)
 
     def train(self, step: str, done: float) -> None:
         """A training run is at ``step``, ``done`` of it in [0, 1]."""
@@ -91,7 +91,7 @@ class LiveView:
         """A training run is over."""
         self._progress.update(self._training, visible=False, completed=0.0)
         self._last_training = ""
-        self._console.print(f"  {message}")
+        self._console.print(f"  {message}", soft_wrap=True)
 
     def _line(self, moment: Moment) -> str:
         share = sum(m.asked_remote for m in self._moments[-100:]) / min(100, len(self._moments))

@@ -1,0 +1,122 @@
+"""A replay with an engine and a trainer that learn by heart: the whole loop, in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from apprentice.store import Store
+from flows.replay import Recorded, run_replay, summarise
+from flows.replay_view import LiveView, Moment, draw_picture, print_summary
+
+pytestmark = [
+    pytest.mark.usefixtures("plainly"),
+    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
+]
+
+MOODS = ("glad", "sad", "angry")
+
+
+@pytest.fixture
+def replay(make_home: Callable[..., Any], trainer: Any) -> Callable[..., Any]:
+    """Replay letters through a home: ``replay(600)`` gives (moments, home); calling again goes on."""
+    trainer.skills = [0.8, 0.97]
+    home = make_home(local={"fine_tune_batch_size": 60, "fine_tune_growth": 1.0})
+    for i in range(3000):
+        home.truth[f"what was said in a letter of day {i}"] = MOODS[i * 7 % 3]
+
+    def run(count: int, view: LiveView | None = None) -> tuple[list[Moment], Any]:
+        traffic = [
+            Recorded(i + 1, {"text": text}, {"mood": mood}) for i, (text, mood) in enumerate(home.truth.items())
+        ][:count]
+        quiet = view or LiveView(Console(file=StringIO()), count, "letters")
+        return run_replay(traffic, home.settings, "mood", seed=1, view=quiet, engine=home.engine), home
+
+    return run
+
+
+def rows(home: Any, kind: str) -> list[set[str]]:
+    """The inputs of each version's dataset: "train" or "held_out"."""
+    folder = home.settings.model_dir / "mood" / "data"
+    return [
+        {json.loads(line)["input"]["text"] for line in path.read_text().splitlines()}
+        for path in sorted(folder.glob(f"*.{kind}.jsonl"))
+    ]
+
+
+def test_a_replay_goes_through_the_phases_and_the_remote_is_asked_less(replay: Callable[..., Any]) -> None:
+    """Collect, shadow, serve; what is spent stays below what it would have cost; the figures fit together."""
+    moments, home = replay(700)
+    with Store.open(home.settings.store_url) as store:
+        summary = summarise(moments, store, "mood", 1.0)
+    assert summary["phases"][0] == {"phase": 1, "from_request": 0}
+    assert summary["phases"][-1]["phase"] == 3
+    assert len(summary["versions"]) >= 2
+    assert summary["versions"][0]["promoted"]
+    assert summary["remote_share_tail"] < summary["remote_share"] < 1.0
+    assert summary["remote_calls"] == sum(m.asked_remote for m in moments) == home.store.count_examples("mood")
+    assert 0 < summary["spend"] < summary["spend_without"]
+    assert summary["agreement"] > 0.9
+    # While everything is asked, the two sums are the same bill.
+    first_local = next(m.i for m in moments if not m.asked_remote)
+    assert moments[first_local - 1].spend == moments[first_local - 1].spend_without
+
+
+def test_held_out_examples_are_never_trained_on_by_any_version(replay: Callable[..., Any]) -> None:
+    """An example is held out forever or never: no version's training set meets any version's held-out set."""
+    _, home = replay(700)
+    trained, held_out = rows(home, "train"), rows(home, "held_out")
+    assert len(trained) >= 2
+    assert all(trained)
+    assert all(held_out)
+    assert not set().union(*trained) & set().union(*held_out)
+
+
+def test_a_replay_that_was_stopped_goes_on_where_it_was(replay: Callable[..., Any], trainer: Any) -> None:
+    """Interrupted while it trains: nothing is asked twice, and the same data is not trained on twice."""
+    stopped = KeyboardInterrupt()
+    trainer.failures = [stopped]  # type: ignore[list-item]  # no Exception, so no retry: as when a user stops it
+    with pytest.raises(KeyboardInterrupt):
+        replay(300)
+    moments, home = replay(300)
+    assert [m.i for m in moments] == list(range(300))
+    assert home.store.count_examples("mood") == sum(m.asked_remote for m in moments)
+    digests = [version.data_digest for version in home.store.versions("mood")]
+    assert len(digests) == len(set(digests))
+
+
+def test_a_log_line_that_a_kill_cut_in_half_is_asked_again(replay: Callable[..., Any]) -> None:
+    """The half line is dropped; its request runs again; the log is whole afterwards."""
+    _, home = replay(30)
+    log = home.settings.root / "replay.jsonl"
+    log.write_text(log.read_text()[:-40])
+    moments, _ = replay(40)
+    assert [m.i for m in moments] == list(range(40))
+    assert len(log.read_text().splitlines()) == 40
+
+
+def test_what_is_shown_names_the_figures(replay: Callable[..., Any], tmp_path: Path) -> None:
+    """The lines while it runs, the table at the end, and a picture that is one."""
+    out = StringIO()
+    console = Console(file=out, width=110)
+    view = LiveView(console, 400, "letters")
+    moments, home = replay(400, view=view)
+    with Store.open(home.settings.store_url) as store:
+        summary = summarise(moments, store, "mood", 1.0)
+    print_summary(console, summary, moments)
+    draw_picture(tmp_path / "picture.png", moments, summary, "letters")
+    text = out.getvalue()
+    assert "100/400  phase" in text
+    assert "trained on" in text
+    assert f"{summary['remote_share']:.1%}" in text
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

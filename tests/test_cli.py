@@ -1,0 +1,99 @@
+"""The command line: clear words and a non-zero exit for every mistake, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TICKETS = ROOT / "examples" / "support_tickets" / "tickets.jsonl"
+
+
+def apprentice(*arguments: str | Path, cwd: Path, key: str | None = "sk-test") -> subprocess.CompletedProcess[str]:
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), **({"ANTHROPIC_API_KEY": key} if key else {})}
+    command = [sys.executable, "-c", "from apprentice.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_check_approves_the_shipped_configuration(tmp_path: Path) -> None:
+    """With a key in the environment, the root apprentice.yaml is fine as it is."""
+    done = apprentice("check", "--config", ROOT / "apprentice.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "classify_ticket, extract_entities" in done.stdout
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    """The variable, and the command that sets it."""
+    done = apprentice("check", "--config", ROOT / "apprentice.yaml", cwd=tmp_path, key=None)
+    assert done.returncode == 1
+    assert "export ANTHROPIC_API_KEY" in done.stderr
+
+
+def test_an_unknown_key_of_the_configuration_is_named_with_its_line(tmp_path: Path) -> None:
+    """A typing mistake costs seconds."""
+    config = tmp_path / "apprentice.yaml"
+    config.write_text((ROOT / "apprentice.yaml").read_text().replace("min_floor:", "min_flor:"))
+    done = apprentice("check", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "sampling.min_flor" in done.stderr
+    assert "Did you mean 'min_floor'?" in done.stderr
+    assert "(line " in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "status", "serve"])
+def test_a_missing_configuration_is_no_traceback(tmp_path: Path, command: str) -> None:
+    """Run in the wrong folder, every command says so."""
+    done = apprentice(command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "apprentice.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_needs_neither_key_nor_model(tmp_path: Path) -> None:
+    """A fresh store: every task in phase 1, nothing spent."""
+    (tmp_path / "apprentice.yaml").write_text((ROOT / "apprentice.yaml").read_text())
+    done = apprentice("status", "--json", cwd=tmp_path, key=None)
+    assert done.returncode == 0, done.stderr
+    status = json.loads(done.stdout)
+    assert status["classify_ticket"]["phase"] == 1
+    assert status["classify_ticket"]["spent"] == "0"
+
+
+def test_replay_names_an_unknown_task(tmp_path: Path) -> None:
+    """The tasks that there are, and a non-zero exit."""
+    done = apprentice("replay", TICKETS, "--task", "classify", "--config", ROOT / "apprentice.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no task 'classify'" in done.stderr
+
+
+def test_replay_counts_bad_lines_and_goes_on(tmp_path: Path) -> None:
+    """Two good lines are replayed, the bad one is named by number and counted, and the exit status tells."""
+    lines = TICKETS.read_text(encoding="utf-8").splitlines()[:2]
+    traffic = tmp_path / "traffic.jsonl"
+    traffic.write_text("\n".join([lines[0], "{broken", lines[1]]) + "\n", encoding="utf-8")
+    out = tmp_path / "out.json"
+    done = apprentice(
+        "replay",
+        traffic,
+        "--task",
+        "classify_ticket",
+        "--config",
+        ROOT / "apprentice.yaml",
+        "--json",
+        out,
+        "--home",
+        tmp_path / "home",
+        cwd=tmp_path,
+        key=None,
+    )
+    assert done.returncode == 1
+    assert "line 2" in done.stdout
+    assert "1 of 3 lines are left out" in done.stdout
+    summary = json.loads(out.read_text())
+    assert (summary["requests"], summary["remote_calls"], summary["skipped_lines"]) == (2, 2, 1)
+    assert summary["agreement"] == 1.0
+    assert (tmp_path / "home" / "replay.png").stat().st_size > 10_000
