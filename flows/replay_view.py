@@ -26,7 +26,7 @@ _PHASE_SHADES = {1: "#f3f3f3", 2: "#e3eef6", 3: "#e2f2ea"}
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The replay after one request, at the Unix time ``at``. ``score`` compares what was returned with the recording."""
+    """The replay after one request, at Unix time ``at``. ``score`` compares what was returned with the recording."""
 
     i: int
     phase: int
