@@ -797,11 +797,12 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _size(answer: Any) -> int:
-    """Roughly how many characters an answer takes."""
-    if isinstance(answer, str):
+    """Roughly how many characters a JSON value takes."""
+    kind = type(answer)
+    if kind is str:
         return len(answer)
-    if isinstance(answer, Mapping):
+    if kind is dict:
         return sum(len(key) + _size(value) for key, value in answer.items())
-    if isinstance(answer, list | tuple):
+    if kind is list or kind is tuple:
         return sum(_size(value) + 1 for value in answer)
     return 8
