@@ -16,7 +16,9 @@ __all__ = ["LINEAR_LAYERS", "Recipe", "choose"]
 
 # The linear layers of the Llama family (SmolLM, Llama, Mistral, Qwen, Gemma, Phi-3 differ at most in leaving some out).
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_SMALLEST_VALIDATION = 400  # examples below which none is spared for early stopping
+# Examples below which none is spared for early stopping. On 527 ISEAR answers it stopped after the first epoch on the
+# word of 52 rows, at 49 % held-out agreement; 212 answers trained to the end reach 61 %.
+_SMALLEST_VALIDATION = 5000
 
 
 @dataclass(frozen=True, slots=True)
