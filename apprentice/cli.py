@@ -39,6 +39,9 @@ class _Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in _ELSEWHERE:
             return super().get_command(context, name)
+        if name in ("replay", "demo"):
+            # They show training in a view of their own. Prefect reads this once, when it is imported.
+            os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
         target, _ = _ELSEWHERE[name]
         module, _, attribute = target.partition(":")
         try:

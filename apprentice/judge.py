@@ -91,6 +91,12 @@ class Judge:
         """The task's evaluator."""
         return self._evaluators[task]
 
+    def rate(self, task: str, answer: LocalAnswer) -> LocalAnswer:
+        """The answer with the confidence that this task's evaluator cares about; see `StructuredMatch.expect`."""
+        expect = getattr(self._evaluators[task], "expect", None)
+        expected = expect(answer.field_confidence) if expect is not None else None
+        return answer if expected is None else replace(answer, confidence=expected)
+
     def figures(self, task: str) -> Figures:
         """What is known of the task's local model, with intervals."""
         with self._locks[task]:

@@ -186,6 +186,7 @@ class Router:
         )
         if answer.version != request.state.champion:
             raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
+        answer = self._judge.rate(request.task.name, answer)
         served = accepts(request.policy, answer.confidence)
         if self._judge.watch(request.task, answer, request.value, served=served):
             yield Call(lambda: self._judge.flush(request.task.name))

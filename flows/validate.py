@@ -77,7 +77,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
                 score, parts = evaluate(answer.output, row.output)
             except EvaluatorError:
                 continue  # it says nothing about the candidate
-            local, confidence = dict(answer.output), answer.confidence
+            local, confidence = dict(answer.output), shop.judge.rate(run.task, answer).confidence
         else:
             score, parts, local, confidence = None, {}, None, None
         judged.append(
