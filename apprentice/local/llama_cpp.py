@@ -76,19 +76,19 @@ class _Completer:
         reply = self._complete(
             tokens, ends_at, n_predict=most + 1, n_probs=1, temperature=0.0, grammar=gbnf(free.grammar)
         )
-        rows = reply.get("completion_probabilities", [])
-        # The end of the turn, which the grammar allows when it is complete. A token without bytes is not always that:
-        # it may be the first part of a character, whose bytes come with its last part.
+        # Tokens that are parts of one character share a row of probabilities; only ``tokens`` has them all. The last
+        # is the end of the turn, which the grammar allows when it is complete.
+        ids, rows = reply["tokens"], reply.get("completion_probabilities", [])
         if reply["stop_type"] == "eos":
-            rows = rows[:-1]
+            ids, rows = ids[:-1], rows[:-1]
         return Written(
-            tokens=[row["id"] for row in rows],
+            tokens=ids,
             content=bytes(byte for row in rows for byte in row["bytes"]),
             probability=math.exp(sum(row["logprob"] for row in rows)),
         )
 
     def _complete(self, tokens: Sequence[int], ends_at: float, **wanted: Any) -> Any:
-        body = {"prompt": list(tokens), "cache_prompt": True, "lora": self._loras, **wanted}
+        body = {"prompt": list(tokens), "cache_prompt": True, "return_tokens": True, "lora": self._loras, **wanted}
         return self._post("/completion", body, ends_at)
 
     def _post(self, path: str, body: Mapping[str, Any], ends_at: float) -> Any:
