@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from apprentice.errors import ConfigError, EngineUnavailable, VersionError
+from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
+from apprentice.local.engine import Version
 from apprentice.local.vllm import VllmEngine
-from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
+from apprentice.schema import parse_schema
+from tests.local.written import write_adapter, write_base
+
+EMOTION = parse_schema({"emotion": "joy | fear | anger"})
 
 
 class Server:
@@ -70,20 +76,28 @@ class Server:
 
 
 @pytest.fixture
+def version(tmp_path: Path) -> Version:
+    return write_adapter(tmp_path / "adapter", "emotion", EMOTION)
+
+
+@pytest.fixture
 def server() -> Server:
     return Server()
 
 
 @pytest.fixture
-def engine(server: Server, tiny_folder: Path) -> Iterator[VllmEngine]:
-    engine = VllmEngine(str(tiny_folder), Path(), url="http://gpu:8000/v1", transport=httpx.MockTransport(server))
+def engine(server: Server, tmp_path: Path) -> Iterator[VllmEngine]:
+    engine = VllmEngine(
+        str(write_base(tmp_path / "base")), Path(), url="http://gpu:8000/v1", transport=httpx.MockTransport(server)
+    )
     yield engine
     engine.close()
 
 
-def test_an_adapter_is_loaded_asked_and_unloaded_by_its_name(engine: VllmEngine, server: Server, train: Train) -> None:
+def test_an_adapter_is_loaded_asked_and_unloaded_by_its_name(
+    engine: VllmEngine, server: Server, version: Version
+) -> None:
     """The request is the frame's text and the opening; the enum is decided by its first tokens alone."""
-    version = train("emotion", EMOTION, EMOTIONS)
     engine.load(version)
     assert server.adapters == {version.name: str(version.adapter)}
     answer = engine.answer(version.name, {"text": "hello"}, deadline_s=5)
@@ -95,10 +109,9 @@ def test_an_adapter_is_loaded_asked_and_unloaded_by_its_name(engine: VllmEngine,
 
 
 def test_a_value_that_is_not_among_the_likeliest_counts_as_their_least(
-    engine: VllmEngine, server: Server, train: Train
+    engine: VllmEngine, server: Server, version: Version
 ) -> None:
     """The server lists twenty tokens; what it does not list is rarer than all of them."""
-    version = train("emotion", EMOTION, EMOTIONS)
     engine.load(version)
     server.preferred = "xfy"
     answer = engine.answer(version.name, {"text": "hello"}, deadline_s=5)
@@ -106,42 +119,42 @@ def test_a_value_that_is_not_among_the_likeliest_counts_as_their_least(
     assert answer.confidence == pytest.approx(1 / (1 + 2 * math.exp(-1)))
 
 
-def test_free_text_is_written_under_the_grammar(engine: VllmEngine, server: Server, train: Train) -> None:
+def test_free_text_is_written_under_the_grammar(engine: VllmEngine, server: Server, version: Version) -> None:
     """Its probability is that of its tokens, the end of the turn left out."""
-    version = train("ticket", TICKET, TICKETS)
-    engine.load(version)
+    noted = replace(version, name="noted", output_schema=parse_schema({"note": "str"}))
+    engine.load(noted)
     server.text = 'x"'
-    with pytest.raises(Exception, match="priority"):
-        # The double writes the same for the next field, which is an integer.
-        engine.answer(version.name, {"text": "hello"}, deadline_s=5)
+    answer = engine.answer("noted", {"text": "hello"}, deadline_s=5)
+    assert answer.output == {"note": "x"}
+    assert answer.confidence == pytest.approx(0.81)
+    server.text = "never closed"
+    with pytest.raises(OutputError, match="not finished"):
+        engine.answer("noted", {"text": "hello"}, deadline_s=5)
 
 
 def test_a_server_that_was_restarted_is_given_its_adapters_again(
-    engine: VllmEngine, server: Server, train: Train
+    engine: VllmEngine, server: Server, version: Version
 ) -> None:
     """Loading asks the server, not a memory of it."""
-    version = train("emotion", EMOTION, EMOTIONS)
     engine.load(version)
     server.adapters.clear()
     engine.load(version)
     assert version.name in server.adapters
 
 
-def test_a_server_without_run_time_adapters_is_a_config_error(engine: VllmEngine, server: Server, train: Train) -> None:
+def test_a_server_without_run_time_adapters_is_a_config_error(
+    engine: VllmEngine, server: Server, version: Version
+) -> None:
     """The remedy is in the message."""
     server.runtime_lora = False
     with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-        engine.load(train("emotion", EMOTION, EMOTIONS))
+        engine.load(version)
 
 
 def test_down_is_unavailable_and_a_damaged_adapter_never_reaches_the_server(
-    engine: VllmEngine, server: Server, train: Train, tmp_path: Path
+    engine: VllmEngine, server: Server, tmp_path: Path, version: Version
 ) -> None:
     """Two different errors, for the breaker and for the version."""
-    import shutil
-    from dataclasses import replace
-
-    version = train("emotion", EMOTION, EMOTIONS)
     assert version.adapter is not None
     folder = shutil.copytree(version.adapter, tmp_path / "damaged")
     (folder / "adapter_model.safetensors").write_bytes(b"")

@@ -1,0 +1,57 @@
+"""Adapters and bases written by hand, for tests that look at files and never compute with them: no torch needed."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from apprentice.local.adapter import content_name
+from apprentice.local.engine import Version
+from apprentice.local.frame import Frame
+from apprentice.schema import Schema
+
+FRAME = Frame("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
+RANK = 8
+
+
+def shapes(hidden: int = 64) -> dict[str, tuple[int, int]]:
+    """The linear layers of a Llama of one layer, [out, in]."""
+    half, inner = hidden // 2, 2 * hidden
+    attention = {"q_proj": (hidden, hidden), "k_proj": (half, hidden), "v_proj": (half, hidden)}
+    return {f"model.layers.0.self_attn.{name}": shape for name, shape in attention.items()} | {
+        "model.layers.0.mlp.down_proj": (hidden, inner)
+    }
+
+
+def write_base(folder: Path, hidden: int = 64) -> Path:
+    """A folder that passes for a base model as long as nobody computes with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    _safetensors(folder / "model.safetensors", {f"{name}.weight": shape for name, shape in shapes(hidden).items()})
+    return folder
+
+
+def write_adapter(folder: Path, task: str, schema: Schema, *, hidden: int = 64) -> Version:
+    """A LoRA of such a base, as PEFT writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": "a base"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    matrices: dict[str, tuple[int, int]] = {}
+    for name, (rows, columns) in shapes(hidden).items():
+        matrices[f"base_model.model.{name}.lora_A.weight"] = (RANK, columns)
+        matrices[f"base_model.model.{name}.lora_B.weight"] = (rows, RANK)
+    _safetensors(folder / "adapter_model.safetensors", matrices)
+    FRAME.save(folder)
+    return Version(content_name(folder), task, folder, schema)
+
+
+def _safetensors(path: Path, tensors: Mapping[str, tuple[int, int]]) -> None:
+    header, body = {}, b""
+    for name, (rows, columns) in tensors.items():
+        content = struct.pack("<f", 0.5) * (rows * columns)
+        header[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [len(body), len(body) + len(content)]}
+        body += content
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
