@@ -620,6 +620,7 @@ def picture(result: Result, path: Path) -> None:
         raise MissingExtra("drawing the picture of a simulation", "flows") from error
 
     scenario, points = result.scenario, result.points
+    happenings = [h for h in scenario.happenings if h.at < scenario.requests]
     at = [p.request for p in points]
     figure = Figure(figsize=(11, 8.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -641,13 +642,13 @@ def picture(result: Result, path: Path) -> None:
         axis.set_xlim(0, scenario.requests)
         for (start, phase), end in zip(result.phases, ends, strict=True):
             axis.axvspan(start, end, color=_SHADES[phase], linewidth=0, zorder=0)
-        for happening in scenario.happenings:
+        for happening in happenings:
             axis.axvline(happening.at, color=_RED, linewidth=1.1, linestyle=(0, (4, 3)), zorder=3)
     chips = [
         Patch(facecolor=_SHADES[phase], edgecolor=_FAINT, label=f"phase {phase}: {_NAMES[phase]}")
         for phase in (1, 2, 3)
     ]
-    for happening in scenario.happenings:
+    for happening in happenings:
         middle.annotate(
             happening.kind.replace("_", " "), (happening.at, 0.03), xycoords=("data", "axes fraction"),
             xytext=(5, 0), textcoords="offset points", fontsize=9, color=_RED, fontweight="bold",

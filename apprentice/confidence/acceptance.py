@@ -32,6 +32,11 @@ __all__ = ["Slice", "Slices", "grid"]
 # an honest confidence gathers evidence fastest; a good one is certified whole.
 ENTRIES: tuple[tuple[float, float], ...] = ((0.2, 0.7), (0.5, 0.1), (1.0, 0.2))
 STEP = 0.05
+# A model that was bad for long and becomes good without a new version (the world came back) must not have to win back
+# all it lost: a slice that has lost nearly everything begins again with capital kept back for that.
+FIRST_STAKE = 0.9
+RUINED = 0.05
+PATIENCE = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,9 @@ class Slices:
         "shares",
         "thresholds",
         "unseen",
+        "waited",
         "weights",
+        "winds",
     )
 
     def __init__(self, thresholds: Sequence[float], delta: float, confidences: Sequence[float] = ()) -> None:
@@ -95,12 +102,13 @@ class Slices:
         """Forget all evidence, keep the grid: what held before an alarm says nothing about the time after it."""
         count = len(self.thresholds)
         # Log capital of every slice before any band, and what each band added to it; per size of bet.
-        self.bases = [list(LOG_PRIOR) for _ in range(count)]
+        self.bases = [[prior + math.log(_stake(0)) for prior in LOG_PRIOR] for _ in range(count)]
         self.bands = [[0.0] * len(LOG_PRIOR) for _ in range(count)]
+        self.winds = [0] * count
         self.peaks = [1.0] * count
         self.weights = [0.0] * count
         self.agreed = [0.0] * count
-        self.unseen = 0
+        self.unseen = self.waited = 0
         self.certified: int | None = None
 
     def entry_shares(self) -> list[float]:
@@ -125,6 +133,7 @@ class Slices:
                 held + stake for held, stake in zip(self.bands[band], log_stakes(x, weight), strict=True)
             ]
         self.unseen += 1
+        self.waited += 1
         return self.settle() if self.unseen >= self.look else False
 
     def log_capital(self, k: int) -> list[float]:
@@ -169,6 +178,7 @@ class Slices:
                 self.peaks[k] = worth
                 reached = reached or worth >= least
         if not reached:
+            self._second_wind()
             return False
         best = self.certified
         for k, needed in enumerate(self.needed()):
@@ -177,6 +187,21 @@ class Slices:
         grew = best != self.certified
         self.certified = best
         return grew
+
+    def _second_wind(self) -> None:
+        """Every so often, where nothing is certified, let ruined slices begin again with what was kept back."""
+        if self.certified is not None or self.waited < PATIENCE:
+            return
+        self.waited = 0
+        for k in range(len(self.bands)):
+            capital = self.log_capital(k)
+            if wealth(capital) < RUINED * _stake(self.winds[k]):
+                self.winds[k] += 1
+                start = math.log(_stake(self.winds[k]))
+                self.bases[k] = [
+                    base - held + prior + start
+                    for base, held, prior in zip(self.bases[k], capital, LOG_PRIOR, strict=True)
+                ]
 
     def weight(self, k: int) -> float:
         """Weighted number of comparisons in slice ``k`` since the last restart."""
@@ -221,7 +246,7 @@ class Slices:
         count = len(self.thresholds)
         self.bases = [
             [
-                math.log(stake * math.exp(min(held, 60.0)) + (1.0 - stake) * start)
+                math.log(stake * math.exp(min(held, 60.0)) + (1.0 - stake) * FIRST_STAKE * start)
                 for held, start in zip(self.log_capital(k), PRIOR, strict=True)
             ]
             for k in range(count)
@@ -254,6 +279,8 @@ class Slices:
             "weights": [round(w, 6) for w in self.weights],
             "agreed": [round(a, 6) for a in self.agreed],
             "unseen": self.unseen,
+            "waited": self.waited,
+            "winds": self.winds,
             "certified": self.certified,
         }
 
@@ -261,9 +288,16 @@ class Slices:
     def load(cls, data: Mapping[str, Any]) -> Slices:
         """What ``dump`` gave."""
         slices = cls(data["thresholds"], data["delta"])
-        slices.bases = [list(LOG_PRIOR) if base is None else list(base) for base in data["bases"]]
-        for name in ("shares", "bands", "peaks", "weights", "agreed"):
+        for name in ("shares", "bases", "bands", "winds", "peaks", "weights", "agreed"):
             setattr(slices, name, list(data[name]))
-        slices.unseen = data["unseen"]
+        slices.unseen, slices.waited = data["unseen"], data["waited"]
         slices.certified = data["certified"]
         return slices
+
+
+def _stake(winds: int) -> float:
+    """What a slice puts in at its first start, or at a later one.
+
+    All of them together never put in more than 1, so their sum is one supermartingale, whatever made them begin.
+    """
+    return FIRST_STAKE if winds == 0 else (1.0 - FIRST_STAKE) / (winds * (winds + 1))

@@ -271,6 +271,7 @@ class Trust:
                 "reference": self.reference,
                 "place": self.place,
                 "history": self.history,
+                "served": self.served,
                 "fields": self.fields,
                 "since_all": {name: tally.sums() for name, tally in self.since_all.items()},
                 "since_served": {name: tally.sums() for name, tally in self.since_served.items()},
@@ -321,9 +322,9 @@ class Trust:
         trust.history = [_Seen(*row) for row in data["history"]]
         trust.since_all = {name: Tally(sums) for name, sums in data["since_all"].items()}
         trust.since_served = {name: Tally(sums) for name, sums in data["since_served"].items()}
+        trust._fill_window([_Seen(*row) for row in data["served"]])
         if data["target"] != settings.target():
             trust._retarget()
-        trust._rebuild_window()
         return trust
 
     def _retarget(self) -> None:
@@ -333,6 +334,7 @@ class Trust:
         self.coaching = self.alarmed = False
         if self.slices is not None:
             self._new_slices([seen.confidence for seen in self.history])
+        self._rebuild_window()
 
     # -- what changes it -------------------------------------------------------------------------------------------
 
@@ -520,9 +522,9 @@ class Trust:
                     self.fields.append(name)
         return _Seen(
             pending.confidence,
-            pending.score,
+            round(pending.score, 6),
             c,
-            pending.weight,
+            pending.weight if pending.weight == 1.0 else round(pending.weight, 6),
             [round(pending.parts.get(name, -1.0), 4) for name in self.fields],
             [round(chances.get(name, 0.0), 4) for name in self.fields],
         )
@@ -566,13 +568,17 @@ class Trust:
             self.served_tally.remove(old.score, old.chance)
 
     def _rebuild_window(self, last: int | None = None) -> None:
+        """Fill the window with what is remembered of the slice that is served now; only ``last`` where given."""
+        inside = []
+        if self.threshold is not None:
+            inside = [seen for seen in self.history if seen.confidence >= self.threshold]
+        self._fill_window(inside[-(last or self.settings.window_size) :])
+
+    def _fill_window(self, rows: Sequence[_Seen]) -> None:
         self.served: list[_Seen] = []
         self.served_tally = Tally()
         self.recent_tally = Tally()
-        if self.threshold is None:
-            return
-        inside = [seen for seen in self.history if seen.confidence >= self.threshold]
-        for seen in inside[-(last or self.settings.window_size) :]:
+        for seen in rows:
             self._enter_window(seen)
 
     def _check(self, seen: _Seen, probability: float) -> list[Event]:
@@ -628,6 +634,8 @@ class Trust:
         self.threshold = self.slices.thresholds[k]
         self.alarmed = False
         self._rebuild_window()
+        if was_alarmed:
+            self.guard = None
         self._set_guard(k)
         evidence = {
             "threshold": self.threshold,

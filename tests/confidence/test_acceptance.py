@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from apprentice.confidence.acceptance import ENTRIES, Slices, grid
+from apprentice.confidence.acceptance import ENTRIES, Slices, _stake, grid
 from benchmarks.trust import DELTA, measure_slices, tail_bound
 
 
@@ -70,8 +70,23 @@ def test_a_tenth_attempt_needs_ten_times_the_evidence():
     assert slices.certified == 0
     worth = slices.curve()[0].wealth
     slices.hedge(0.1)
-    assert slices.peaks[0] == pytest.approx(0.1 * worth + 0.9, rel=1e-6)
-    assert (slices.certified == 0) == (0.1 * worth + 0.9 >= 1 / DELTA)
+    assert slices.curve()[0].wealth == pytest.approx(0.1 * worth + 0.9 * 0.9, rel=1e-6)
+    assert slices.certified is None
+
+
+def test_a_second_wind():
+    """Bad for 2,000 comparisons, then good: certified within 700, though the first capital is lost for good."""
+    slices = Slices([0.5, 0.0], DELTA)
+    feed(slices, 0.5, 2000, random.Random(1))
+    assert min(slices.winds) >= 1
+    feed(slices, 0.99, 700, random.Random(2))
+    assert slices.certified == 1
+
+
+def test_all_starts_together_put_in_one():
+    """However often a slice begins again, the capital it ever puts in adds up to at most 1."""
+    put_in = sum(_stake(winds) for winds in range(5000))
+    assert 0.999 < put_in <= 1.0
 
 
 def test_text_and_back():
