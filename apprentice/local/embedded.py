@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apprentice.errors import ApprenticeError, EngineUnavailable, VersionError
+from apprentice.errors import ApprenticeError, EngineUnavailable, OutputError, Problem, VersionError
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
 from apprentice.local.decoding import Decoding
@@ -100,6 +100,7 @@ class EmbeddedEngine:
         self._broken: Exception | None = None
         self._model: PackedModel | None = None
         self._vocabulary: Vocabulary | None = None
+        self._longest = 0
         self._thread: threading.Thread | None = None
 
     # --- the protocol -------------------------------------------------------------------------------------------
@@ -125,8 +126,6 @@ class EmbeddedEngine:
         try:
             return request.future.result(timeout=deadline_s)
         except TimeoutError:
-            if request.future.done():
-                raise
             request.gives_up_at = 0.0
             raise EngineUnavailable(
                 f"the local model did not answer within {deadline_s:g} s; raise local.deadline_s or use a faster engine"
@@ -193,6 +192,7 @@ class EmbeddedEngine:
 
         self._base = base
         self._model = PackedModel(model, slots=_SLOTS)
+        self._longest = int(self._model.config.max_position_embeddings)
         self._vocabulary = Vocabulary(tokenizer)
         self._thread = threading.Thread(target=self._serve, name="apprentice-embedded", daemon=True)
         self._thread.start()
@@ -303,11 +303,23 @@ class EmbeddedEngine:
                     act()
                 running += self._take_in(running, len(free))
                 if running:
-                    running = self._pass(running, free)
+                    running = self._survive(running, free)
         except Exception as error:  # noqa: BLE001  # whoever waits must hear of it
             _log.exception("the embedded engine has stopped")
             self._broken = error
         self._let_down(running)
+
+    def _survive(self, running: list[_Request], free: list[int]) -> list[_Request]:
+        """A pass, whose failure (memory, mostly) is the end of its requests and not of the engine."""
+        try:
+            return self._pass(running, free)
+        except Exception as error:  # noqa: BLE001  # whoever waits hears of it, and the breaker counts it
+            _log.exception("a pass of %d requests failed", len(running))
+            for request in running:
+                if not request.future.done():
+                    self._finish(request, EngineUnavailable(f"the local model failed ({error})"))
+            free[:] = range(_SLOTS)
+            return []
 
     def _let_down(self, running: list[_Request]) -> None:
         with self._wake:
@@ -337,8 +349,13 @@ class EmbeddedEngine:
                     self._count_out(request)
                     continue
             if request.decoding is None:
-                self._begin(request)
-            assert request.decoding is not None
+                try:
+                    request.decoding = self._begin(request)
+                except Exception as error:  # noqa: BLE001  # it is this request's own
+                    with self._wake:
+                        queue.popleft()
+                    self._finish(request, error)
+                    continue
             size = len(request.decoding.pending)
             if size > room and (taken or running):
                 break
@@ -349,14 +366,19 @@ class EmbeddedEngine:
             taken.append(request)
         return taken
 
-    def _begin(self, request: _Request) -> None:
+    def _begin(self, request: _Request) -> Decoding:
+        """Tokenise. Raises `OutputError` where the model cannot take so much."""
         assert self._vocabulary is not None
         held = request.held
         most = self._max_new_tokens if held.version.adapter else min(self._max_new_tokens, _UNTRAINED_TOKENS)
         text = self._vocabulary.tokens(compact_prompt(request.value))
         request.prompt_tokens = len(held.prefix) + len(text) + len(held.suffix)
+        room = self._longest - request.prompt_tokens
+        if room <= 0:
+            problem = Problem("input", f"is {request.prompt_tokens} tokens; the model takes {self._longest}.")
+            raise OutputError(held.version.task, "the local model", [problem])
         prompt = [*text, *held.suffix]
-        request.decoding = Decoding(held.version.task, held.skeleton, self._vocabulary.encode, prompt, most)
+        return Decoding(held.version.task, held.skeleton, self._vocabulary.encode, prompt, min(most, room))
 
     def _pass(self, running: list[_Request], free: list[int]) -> list[_Request]:
         """One pass over everything under way. Returns the requests that go on."""

@@ -101,6 +101,34 @@ def test_an_answer_that_does_not_end_is_an_output_error(tiny_folder: Path) -> No
     assert "local.max_new_tokens" in str(answers[0])
 
 
+def test_an_input_that_is_too_long_concerns_only_itself(engine: EmbeddedEngine, train: Train) -> None:
+    """The model takes 512 tokens; the request beside the long one is answered."""
+    version = train("emotion", EMOTION, EMOTIONS)
+    engine.load(version)
+    answers = engine.answer_many(version.name, [{"text": "word " * 600}, EMOTIONS[0][0]])
+    assert isinstance(answers[0], OutputError)
+    assert "the model takes 512" in str(answers[0])
+    assert isinstance(answers[1], LocalAnswer)
+
+
+def test_a_pass_that_fails_ends_its_requests_and_not_the_engine(
+    engine: EmbeddedEngine, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in one pass is an EngineUnavailable for whoever was in it; the next request is answered."""
+    version = train("emotion", EMOTION, EMOTIONS)
+    engine.load(version)
+    assert engine._model is not None
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "run", out_of_memory)
+        with pytest.raises(EngineUnavailable, match="out of memory"):
+            engine.answer(version.name, EMOTIONS[0][0], deadline_s=30)
+    assert engine.answer(version.name, EMOTIONS[0][0], deadline_s=30).output == EMOTIONS[0][1]
+
+
 def test_nobody_waits_past_the_deadline(engine: EmbeddedEngine, train: Train) -> None:
     """An answer that comes too late is an EngineUnavailable, and the engine goes on."""
     version = train("emotion", EMOTION, EMOTIONS)
