@@ -202,7 +202,10 @@ def _answer_forever(url: str, pipe: int) -> None:
 
 def durability(url: str, *, kills: int) -> DurabilityResult:
     """Kill a process the moment its caller has an answer, ``kills`` times. To be run in a process without threads."""
-    Store.open(url).close()
+    # What is imported late is imported here, once, and not again by every child.
+    with Store.open(url) as store:
+        vendor = FakeVendor("anthropic")
+        Teacher(RemoteSettings(**vendor.settings()), _budget(store), vendor.environ).price_check()
     told: list[str] = []
     for n in range(kills):
         child = _fork(lambda pipe: _answer_forever(url, pipe))
