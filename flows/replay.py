@@ -24,6 +24,7 @@ import click
 import httpx
 from rich.console import Console
 
+from apprentice.assembly import Assembly
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.trust import Figures
@@ -35,7 +36,7 @@ from apprentice.schema import Schema, SchemaError
 from apprentice.store import Store
 from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor
-from flows.coach import coach_task, due_reason
+from flows.coach import LEASE_S, Busy, CoachResult, coach_task, due_reason
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
 
 __all__ = ["Recorded", "demo", "read_traffic", "replay", "run_replay"]
@@ -217,10 +218,23 @@ def _train_if_due(apprentice: Apprentice, task_name: str, view: LiveView) -> Non
     reason = due_reason(parts.settings, parts.store, task_name)
     if reason is None:
         return
-    result = coach_task(parts.settings, task_name, reason=reason, engine=parts.engine, progress=view.train)
+    result = _coached(parts, task_name, reason, view)
     verdict = "promoted" if result.promoted else f"not promoted: {result.reason}"
     view.trained(f"trained on {result.trained_on} examples in {result.wall_s:.0f} s: {verdict}")
     apprentice.wait_until_serving(task_name)
+
+
+def _coached(parts: Assembly, task_name: str, reason: str, view: LiveView) -> CoachResult:
+    """Train. Nobody else trains in a replay's home: a lease that is held was left by a replay that was killed."""
+    ends = time.monotonic() + 2 * LEASE_S
+    while True:
+        try:
+            return coach_task(parts.settings, task_name, reason=reason, engine=parts.engine, progress=view.train)
+        except Busy:
+            if time.monotonic() > ends:
+                raise
+            view.train("waiting for the lease of a replay that was killed", 0.0)
+            time.sleep(1.0)
 
 
 def summarise(moments: list[Moment], store: Store, task_name: str, wall_s: float) -> dict[str, Any]:
@@ -416,7 +430,7 @@ _NEXT = """
 What to open next, in {home}/:
   replay.png     the picture;  summary.json  the figures
   mlflow ui      .venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db
-  prefect ui     PREFECT_HOME={home}/prefect .venv/bin/prefect server start
+  prefect ui     PREFECT_HOME={home}/.prefect .venv/bin/prefect server start
 With a real key:
   export ANTHROPIC_API_KEY=...
   make demo LIVE=1                   the same tickets, answered by the real model, for a dollar at most
