@@ -225,3 +225,12 @@ def test_semantic_similarity_with_a_model_that_is_not_there(tmp_path: Path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(EvaluatorError, match="evaluator_model"):
         build_evaluator("semantic_similarity", model=str(tmp_path / "nothing"))({"t": "a"}, {"t": "b"})
+
+
+def test_the_score_to_expect_heeds_what_is_compared_and_how_much_it_weighs() -> None:
+    """An unsure field that is not compared says nothing; one that weighs little says little."""
+    evaluate = StructuredMatch(["category", "priority"], {"category": 3.0, "priority": 1.0})
+    assert evaluate.expect({"category": 0.9, "priority": 0.5, "confidence": 0.01}) == pytest.approx(0.8)
+    assert evaluate.expect({"category": 0.9}) == pytest.approx(0.9)
+    assert evaluate.expect({"other": 0.9}) is None
+    assert StructuredMatch().expect({"a": 1.0, "b": 0.5}) == pytest.approx(0.75)

@@ -40,7 +40,7 @@ def test_a_models_name_may_hold_dots(tmp_path: Path) -> None:
 
 
 def test_bad_lines_are_named_by_number_and_the_rest_goes_on(tmp_path: Path) -> None:
-    """No JSON, no answer, an answer outside the schema, an input outside the schema: each has its line and its reason."""
+    """No JSON, no answer, an answer or an input outside the schema: each has its line and its reason."""
     lines = [
         line("fine", "joy"),
         "{not json",
