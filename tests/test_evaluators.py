@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.errors import EvaluatorError, MissingExtra
-from apprentice.evaluators import Evaluation, build_evaluator
+from apprentice.evaluators import Evaluation, StructuredMatch, build_evaluator
 
 JSON = st.recursive(
     st.none()
