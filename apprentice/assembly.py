@@ -66,11 +66,11 @@ def assemble(
         store.ensure_tasks(task.name for task in settings.tasks)
         alerts = Alerts(store, clock, settings.alerts.webhook)
         caps = {task.name: task.budget for task in settings.tasks}
-        budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner())
+        budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner(), announce=alerts.announce)
         teacher = Teacher(settings.remote, budget, environ=environ, clock=clock, random=draw)
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
-        tally = Tally(store, clock)
+        tally = Tally(store, budget.day)
         engine = engine or build_engine(settings.local, settings.root)
         switch = Switch(engine, _lookup(settings, store), clock=clock, alert=alerts)
         router = Router(

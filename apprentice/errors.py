@@ -24,7 +24,7 @@ Messages say what went wrong, with which value, and what to do about it. None of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import MAXYEAR, datetime
 from decimal import Decimal
 
 __all__ = [
@@ -111,15 +111,16 @@ class BudgetExceeded(Unavailable):
     """A cap is reached and there is no local model to answer instead.
 
     ``cap`` names it ("daily", "weekly", "monthly", with "task:" before it for a task's own), ``limit`` is its
-    size and ``resets_at`` the moment from which remote calls are possible again.
+    size and ``resets_at`` the moment from which remote calls are possible again (in the year 9999 for a total cap).
     """
 
     def __init__(self, cap: str, limit: Decimal, resets_at: datetime, *, local: Exception | None = None) -> None:
         self.cap = cap
         self.limit = limit
         self.resets_at = resets_at
+        until = f"until {resets_at.isoformat()}" if resets_at.year < MAXYEAR else "for good"
         super().__init__(
-            f"the {cap} budget of {limit} is used up until {resets_at.isoformat()}; "
+            f"the {cap} budget of {limit} is used up {until}; "
             f"raise budget.{cap.removeprefix('task:')} in apprentice.yaml or wait",
             local=local,
         )

@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from apprentice.store import Store
 from apprentice.store.records import Count
@@ -23,11 +22,14 @@ _log = logging.getLogger("apprentice")
 
 
 class Tally:
-    """Counts answers by task, day, version and outcome. One thread, started by the first count, writes them."""
+    """Counts answers by task, day, version and outcome. One thread, started by the first count, writes them.
 
-    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+    ``day`` gives today's date, in the zone in which money is counted too.
+    """
+
+    def __init__(self, store: Store, day: Callable[[], str]) -> None:
         self._store = store
-        self._clock = clock
+        self._day = day
         self._lock = threading.Lock()
         self._counts: defaultdict[tuple[str, str, str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
         self._wake = threading.Event()
@@ -36,7 +38,7 @@ class Tally:
 
     def add(self, task: str, version: str, outcome: str, latency_s: float) -> None:
         """Count one request. Costs a dictionary entry; never touches the disk."""
-        day = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
+        day = self._day()
         with self._lock:
             n, total = self._counts[task, day, version, outcome]
             self._counts[task, day, version, outcome] = (n + 1, total + latency_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import MAXYEAR, UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -69,8 +69,9 @@ def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:
             status = 422
         case BudgetExceeded():
             status = 429
-            seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
-            headers["retry-after"] = str(max(1, math.ceil(seconds)))
+            if error.resets_at.year < MAXYEAR:
+                seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
+                headers["retry-after"] = str(max(1, math.ceil(seconds)))
         case Unavailable():
             status = 503
         case RemoteError() | OutputError():
