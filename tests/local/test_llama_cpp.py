@@ -15,7 +15,6 @@ from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.gguf_file import read_gguf_header
 from apprentice.local.llama_cpp import LlamaCppEngine
 from apprentice.local.switch import Switch
-from apprentice.schema import parse_schema
 from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
 
 
@@ -119,7 +118,7 @@ def test_text_that_does_not_end_and_input_that_is_too_long_are_output_errors(
     """Both are about this one request, and the server goes on."""
     version = train("ticket", TICKET, TICKETS)
     short = LlamaCppEngine(str(tiny_folder), Path(), max_new_tokens=2, threads=1)
-    short.load(Version(version.name, "t", version.adapter, parse_schema({"text": "str"})))
-    answers = short.answer_many(version.name, [{"text": "I was happy"}, {"text": "word " * 9000}])
+    short.load(version)
+    answers = short.answer_many(version.name, [TICKETS[0][0], {"text": "word " * 9000}])
     short.close()
     assert [type(answer) for answer in answers] == [OutputError, OutputError]
