@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,7 @@ def main() -> None:
             engine.load(version)
         answers = _agreement(plain, engines, version, held_out)
         _worth(answers["embedded"], held_out, options.picture)
-        _speed(plain, engines, version, held_out[: options.timed], options.rounds)
+        _speed(plain, engines, version, rows[TRAINED_ON + options.rows :], options.timed, options.rounds)
     finally:
         for engine in engines.values():
             engine.close()
@@ -177,8 +178,11 @@ def _draw(bins: Sequence[tuple[float, float, int]], picture: Path) -> None:
     print(f"  picture: {picture}\n")
 
 
-def _speed(plain: Plain, engines: Mapping[str, Engine], version: Version, rows: Sequence[Row], rounds: int) -> None:
-    values = [value for value, _ in rows]
+def _speed(
+    plain: Plain, engines: Mapping[str, Engine], version: Version, rows: Sequence[Row], count: int, rounds: int
+) -> None:
+    """Every round asks rows that nobody was asked before: servers remember prompts."""
+    fresh = iter([value for value, _ in rows])
 
     def engine_asks(engine: Engine) -> Callable[[Mapping[str, Any]], object]:
         return lambda value: engine.answer(version.name, value, deadline_s=600)
@@ -188,13 +192,16 @@ def _speed(plain: Plain, engines: Mapping[str, Engine], version: Version, rows: 
         "generate, value only": lambda value: plain.generate(value, prefilled=True),
         **{name: engine_asks(engine) for name, engine in engines.items()},
     }
-    print(f"Speed: requests per second, {len(values)} requests a round, median of {rounds} rounds")
+    print(f"Speed: requests per second, {count} requests a round, median of {rounds} rounds")
     print(f"  {'':24} {'1 caller':>10} {'16 callers':>11}")
     rates: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for callers in (1, 16):
+            values = [next(fresh) for _ in range(count)]
             for name, ask in ways.items():
-                rates.setdefault((name, callers), []).append(_rate(ask, values, callers))
+                rate = _rate(ask, values, callers)
+                rates.setdefault((name, callers), []).append(rate)
+                print(f"    round {turn + 1}, {callers:2} callers, {name}: {rate:.2f}", file=sys.stderr, flush=True)
     median = {key: statistics.median(some) for key, some in rates.items()}
     for name in ways:
         print(f"  {name:24} {median[name, 1]:10.2f} {median[name, 16]:11.2f}")
