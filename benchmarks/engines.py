@@ -45,8 +45,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    rows = _rows(options.data)
-    folder = options.adapter or _train(options.data, options.work)
+    rows = isear_rows(options.data)
+    folder = options.adapter or train_on(rows[:TRAINED_ON], options.work, TrainingSettings())
     version = Version(content_name(folder), "emotion", folder, SCHEMA)
     held_out = rows[TRAINED_ON : TRAINED_ON + options.rows]
     print(f"adapter {version.name}, {len(held_out)} held-out rows, {options.threads} threads\n")
@@ -229,22 +229,23 @@ def _same(a: Sequence[object], b: Sequence[object]) -> float:
     return statistics.mean(x == y for x, y in zip(a, b, strict=True))
 
 
-def _rows(path: Path) -> list[Row]:
+def isear_rows(path: Path) -> list[Row]:
+    """The recorded inputs in the file's order, each with the remote's answer."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(row["input"], row["answers"][REMOTE]["emotion"]) for row in rows if REMOTE in row["answers"]]
 
 
-def _train(data: Path, work: Path) -> Path:
-    """Train on the first rows with the product's own trainer."""
+def train_on(rows: Sequence[Row], work: Path, settings: TrainingSettings) -> Path:
+    """An adapter folder, trained with the product's own trainer."""
     from flows.trainers import TrainingJob
     from flows.trainers.peft import PeftTrainer
 
     work.mkdir(parents=True, exist_ok=True)
-    dataset = work / "isear.train.jsonl"
+    dataset = work / f"isear-{len(rows)}.train.jsonl"
     with dataset.open("w", encoding="utf-8") as file:
-        for i, (value, label) in enumerate(_rows(data)[:TRAINED_ON]):
+        for i, (value, label) in enumerate(rows):
             file.write(json.dumps({"id": str(i), "input": value, "output": {"emotion": label}}) + "\n")
-    job = TrainingJob("emotion", dataset, SCHEMA, SMOLLM2, Path(), work / "work", work / "adapters", TrainingSettings())
+    job = TrainingJob("emotion", dataset, SCHEMA, SMOLLM2, Path(), work / "work", work / "adapters", settings)
     return PeftTrainer().train(job, lambda p: print(f"\r  training {p.fraction:4.0%}", end="", flush=True)).folder
 
 

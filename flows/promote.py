@@ -58,7 +58,7 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
         )
         return Verdict(False, "passed the gate; waits for review", verdict.checks), record
     if verdict.promoted:
-        make_champion(shop, version, seed=seeds(run, validated, shop.clock()), reason=verdict.reason)
+        make_champion(shop, version, seed=seeds(shop, run, validated), reason=verdict.reason)
     else:
         shop.store.set_version_status(run.task, version.name, "rejected", verdict.reason)
         shop.judge.refuse(run.task, verdict.reason)
@@ -83,8 +83,14 @@ def evidence(validated: Validated, *, serving: bool) -> Evidence:
     )
 
 
-def seeds(run: RunRecord, validated: Validated, at: float) -> list[ComparisonRecord]:
-    """The held-out comparisons, with which the new champion's trust begins."""
+def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[ComparisonRecord]:
+    """The held-out comparisons, with which the new champion's trust begins.
+
+    Once a task serves, most examples are requests that were deferred for being hard. Each seed remembers how readily
+    its answer was bought, so that together they describe the traffic.
+    """
+    bought = shop.store.overbought(run.task, {a.id for a in validated.answers})
+    at = shop.clock()
     return [
         ComparisonRecord(
             id=uuid.uuid4().hex,
@@ -96,8 +102,8 @@ def seeds(run: RunRecord, validated: Validated, at: float) -> list[ComparisonRec
             confidence=a.confidence,
             local=a.local,
             remote=a.remote,
-            probability=1.0,
-            sampling_rate=1.0,
+            probability=bought[a.id][1] if a.id in bought else 1.0,
+            sampling_rate=bought[a.id][0] if a.id in bought else 1.0,
             served=False,
             seeded=True,
             created_at=at,

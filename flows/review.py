@@ -77,7 +77,7 @@ def _evidence(shop: Workshop, version: VersionRecord) -> list[Any]:
         if run.version == version.name and path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
             validated = Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
-            return seeds(run, validated, shop.clock())
+            return seeds(shop, run, validated)
     return []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from sqlalchemy import bindparam, insert, select
@@ -13,7 +13,7 @@ from apprentice.store.examples import dumps
 from apprentice.store.records import ComparisonRecord
 from apprentice.store.tables import comparisons
 
-__all__ = ["add", "newest", "recent_disagreements"]
+__all__ = ["add", "newest", "overbought", "recent_disagreements"]
 
 _insert = insert(comparisons)
 _columns = [c for c in comparisons.columns if c.name != "seq"]
@@ -30,6 +30,12 @@ _disagreements = (
     .where(comparisons.c.task == bindparam("b_task"), comparisons.c.score < 1)
     .order_by(comparisons.c.seq.desc())
     .limit(bindparam("b_limit"))
+)
+# A deferred request was bought for sure, where a spot check would have been bought with the sampling rate.
+_overbought = select(comparisons.c.request_id, comparisons.c.sampling_rate, comparisons.c.probability).where(
+    comparisons.c.task == bindparam("b_task"),
+    comparisons.c.seeded == 0,
+    comparisons.c.sampling_rate < comparisons.c.probability,
 )
 
 
@@ -74,3 +80,11 @@ def _record(row: tuple[Any, ...]) -> ComparisonRecord:
 
 def recent_disagreements(tx: Transaction, task: str, limit: int) -> list[str]:
     return [r[0] for r in tx.run(_disagreements, {"b_task": task, "b_limit": limit}).fetchall()]
+
+
+def overbought(tx: Transaction, task: str, request_ids: Container[str]) -> dict[str, tuple[float, float]]:
+    cursor = tx.run(_overbought, {"b_task": task})
+    found = {}
+    while rows := cursor.fetchmany(10_000):
+        found.update((row[0], (row[1], row[2])) for row in rows if row[0] in request_ids)
+    return found

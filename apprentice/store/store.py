@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -165,6 +165,14 @@ class Store:
         """The request ids of the newest comparisons that scored below 1, the newest first."""
         with self._database.read() as tx:
             return comparisons.recent_disagreements(tx, task, limit)
+
+    def overbought(self, task: str, request_ids: Container[str]) -> dict[str, tuple[float, float]]:
+        """Of these requests, those whose answer was bought more readily than a spot check's.
+
+        request id -> (the sampling rate at that moment, the probability with which it was bought).
+        """
+        with self._database.read() as tx:
+            return comparisons.overbought(tx, task, request_ids)
 
     # counts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ def test_a_better_candidate_takes_over_and_a_worse_one_does_not(home: Any, train
     assert "not_worse_than_champion" in loser.reason
     assert home.store.version("mood", first.version).status == "retired"
     assert [run.state for run in home.store.runs("mood")] == ["completed", "completed", "rejected"]
+
+
+def test_deferred_requests_count_for_less_among_the_seeds(home: Any, trainer: Any) -> None:
+    """What was bought for being hard is weighted down, so that the held-out comparisons describe the traffic."""
+    first = _coach(home)
+    held_out = home.store.comparisons("mood", version=first.version)
+    hard = replace(held_out[0], id="c", seeded=False, sampling_rate=0.1, probability=1.0)
+    home.store.update_state("mood", lambda state: state.change(comparisons=[hard]))
+    home.teach(300)
+    trainer.skills = [0.95]
+    second = _coach(home)
+    assert second.promoted
+    odds = {
+        c.request_id: (c.sampling_rate, c.probability) for c in home.store.comparisons("mood", version=second.version)
+    }
+    assert odds.pop(hard.request_id) == (0.1, 1.0)
+    assert len(odds) >= len(held_out) - 1
+    assert set(odds.values()) == {(1.0, 1.0)}
 
 
 def test_no_held_out_example_is_ever_trained_on(home: Any, trainer: Any) -> None:

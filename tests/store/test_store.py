@@ -202,6 +202,15 @@ def test_comparisons_come_newest_first(store: Store) -> None:
     assert store.recent_disagreements("a", 5) == ["r3", "r1"]
 
 
+def test_a_deferred_answer_was_overbought_and_a_spot_check_was_not(store: Store) -> None:
+    """Only requests that are asked for, that somebody compared, and that were surer than a spot check are named."""
+    store.ensure_tasks(["a"])
+    deferred, checked = comparison(1, 0.0), replace(comparison(2, 1.0), probability=0.25)
+    seeded, other = replace(comparison(3, 1.0), seeded=True), comparison(4, 1.0)
+    store.update_state("a", lambda s: s.change(comparisons=[deferred, checked, seeded, other]))
+    assert store.overbought("a", {"r1", "r2", "r3"}) == {"r1": (0.25, 0.5)}
+
+
 def test_counts_add_up(store: Store) -> None:
     """Counting the same outcome again adds to its row; days and tasks select."""
     store.add_counts([Count("a", "2026-03-01", "", "remote", 1, 0.5)] * 2)
