@@ -10,10 +10,11 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from apprentice.alerts import Alerts
+from apprentice.confidence.novelty import Vocabulary
 from apprentice.confidence.trust import Comparison, Event, EventKind, Figures, LocalObservation, Trust, TrustSettings
 from apprentice.config import Settings, TaskSettings
 from apprentice.errors import EvaluatorError
@@ -35,6 +36,18 @@ _LEVELS: Mapping[EventKind, Literal["info", "warning", "critical"]] = {
 }
 # Observations of local answers are handed to the second watch in batches: one transaction for this many.
 _WATCH_BATCH = 64
+# Inputs that say which words are familiar: the newest ones, when a version comes to serve, and at least some.
+_FAMILIAR = 2000
+_FEWEST_FAMILIAR = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Local answers that the second watch has not been handed yet."""
+
+    version: str
+    seen: list[tuple[LocalObservation, str]] = field(default_factory=list)
+    """Each with its input as text: how much of it is new is found out when they are handed over."""
 
 
 def evaluator_of(task: TaskSettings) -> Evaluator:
@@ -85,7 +98,8 @@ class Judge:
         self._locks = {task.name: threading.Lock() for task in settings.tasks}
         # The trust as this process last wrote it. Another process's change shows in the revision, and it is read again.
         self._known: dict[str, tuple[int, Trust]] = {}
-        self._watched: dict[str, tuple[str, list[LocalObservation]]] = {}
+        self._watched: dict[str, _Watched] = {}
+        self._vocabularies: dict[str, tuple[str, Vocabulary | None]] = {}
 
     def evaluator(self, task: str) -> Evaluator:
         """The task's evaluator."""
@@ -149,25 +163,45 @@ class Judge:
         if failure is not None:
             raise failure
 
-    def watch(self, task: TaskSettings, answer: LocalAnswer, value: Mapping[str, Any], *, served: bool) -> bool:
-        """Note one local answer for the second watch, which sees them all; True when it is time to `flush`."""
-        observation = LocalObservation(
-            confidence=answer.confidence, served=served, input_length=len(Schema.dumps(value))
-        )
-        with self._locks[task.name]:
-            version, seen = self._watched.get(task.name, (answer.version, []))
-            if version != answer.version:
-                seen = []  # what the version before did says nothing of this one
-            seen.append(observation)
-            self._watched[task.name] = (answer.version, seen)
-            return len(seen) >= _WATCH_BATCH
+    def watch(
+        self, task: str, version: str, value: Mapping[str, Any], *, confidence: float, served: bool, valid: bool = True
+    ) -> bool:
+        """Note one answer of ``version`` for the second watch, which sees them all; True when it is time to `flush`.
+
+        An answer that did not fit the output schema is not ``valid``, and has no confidence to speak of: 0.
+        """
+        text = Schema.dumps(value)
+        with self._locks[task]:
+            watched = self._watched.get(task)
+            if watched is None or watched.version != version:
+                # What the version before did says nothing of this one.
+                watched = self._watched[task] = _Watched(version)
+            watched.seen.append(
+                (LocalObservation(confidence=confidence, valid=valid, served=served, input_length=len(text)), text)
+            )
+            return len(watched.seen) >= _WATCH_BATCH
+
+    def _vocabulary(self, task: str, version: str) -> Vocabulary | None:
+        """The words of what the remote answered lately; None where that is too little to call a word new."""
+        known = self._vocabularies.get(task)
+        if known is None or known[0] != version:
+            inputs = self._store.newest_inputs(task, _FAMILIAR)
+            known = (version, Vocabulary(inputs) if len(inputs) >= _FEWEST_FAMILIAR else None)
+            self._vocabularies[task] = known
+        return known[1]
 
     def flush(self, task: str) -> None:
         """Hand over what the second watch has not seen yet."""
         with self._locks[task]:
-            version, seen = self._watched.pop(task, ("", []))
-        if seen:
-            self._update(task, lambda state, trust: (trust.watch(seen) if state.champion == version else [], []))
+            watched = self._watched.pop(task, None)
+        if watched is None:
+            return
+        vocabulary = self._vocabulary(task, watched.version)
+        seen = [
+            replace(observation, novelty=vocabulary.novelty(text)) if vocabulary is not None else observation
+            for observation, text in watched.seen
+        ]
+        self._update(task, lambda state, trust: (trust.watch(seen) if state.champion == watched.version else [], []))
 
     def close(self) -> None:
         """Hand over everything."""

@@ -181,16 +181,25 @@ class Router:
 
     def _ask_local(self, request: _Request) -> Path[LocalAnswer]:
         deadline_s = self._settings.local.deadline_s
-        answer: LocalAnswer = yield Call(
-            lambda: self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
-        )
+        try:
+            answer: LocalAnswer = yield Call(
+                lambda: self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
+            )
+        except OutputError:
+            yield from self._watch(request, confidence=0.0, served=False, valid=False)
+            raise
         if answer.version != request.state.champion:
             raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
         answer = self._judge.rate(request.task.name, answer)
         served = accepts(request.policy, answer.confidence)
-        if self._judge.watch(request.task, answer, request.value, served=served):
-            yield Call(lambda: self._judge.flush(request.task.name))
+        yield from self._watch(request, confidence=answer.confidence, served=served)
         return answer
+
+    def _watch(self, request: _Request, *, confidence: float, served: bool, valid: bool = True) -> Path[None]:
+        """Let the second watch see what the champion answered."""
+        task = request.task.name
+        if self._judge.watch(task, request.champion, request.value, confidence=confidence, served=served, valid=valid):
+            yield Call(lambda: self._judge.flush(task))
 
     # ---------------------------------------------------------------- after
 

@@ -194,3 +194,34 @@ def test_status_shows_where_a_task_stands(bench: Bench) -> None:
     assert status.comparisons == 401
     assert status.correlation == pytest.approx(1.0)
     assert status.spent > 0
+
+
+def test_the_second_watch_sees_unknown_words_and_answers_outside_the_schema(bench: Bench) -> None:
+    """Traffic of another kind, or a local model that breaks, forces spot checks without any remote answer to tell."""
+    at = bench()
+    for i in range(120):
+        at.run(f"a joy of kind {i}")
+    at.promote(held_out=400)
+    for i in range(300):
+        at.run(f"a joy of kind {i}")
+    before = at.vendor.asked
+    for _ in range(200):
+        at.run("ein Kummer ohne Namen")
+    at.client.parts.judge.flush("mood")
+    signs = [event.evidence["signs"] for event in at.store.events("mood") if event.kind == "unusual"]
+    assert any("novelty" in found for found in signs)
+    assert at.vendor.asked - before >= 50
+
+
+def test_answers_outside_the_schema_are_watched(bench: Bench) -> None:
+    """A local model whose answers begin to break the schema is unusual, also where nobody compares."""
+    at = bench()
+    at.promote(held_out=400)
+    for _ in range(300):
+        at.run("a joy")
+    at.local = lambda value: {"label": 3}
+    for _ in range(120):
+        at.run("a joy")
+    at.client.parts.judge.flush("mood")
+    signs = [event.evidence["signs"] for event in at.store.events("mood") if event.kind == "unusual"]
+    assert any("invalid" in found for found in signs)

@@ -84,7 +84,7 @@ def recent_disagreements(tx: Transaction, task: str, limit: int) -> list[str]:
 
 def overbought(tx: Transaction, task: str, request_ids: Container[str]) -> dict[str, tuple[float, float]]:
     cursor = tx.run(_overbought, {"b_task": task})
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     while rows := cursor.fetchmany(10_000):
         found.update((row[0], (row[1], row[2])) for row in rows if row[0] in request_ids)
     return found

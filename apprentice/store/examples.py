@@ -12,7 +12,7 @@ from apprentice.store.database import Transaction
 from apprentice.store.records import ExampleRecord
 from apprentice.store.tables import examples
 
-__all__ = ["add", "count", "page"]
+__all__ = ["add", "count", "newest_inputs", "page"]
 
 _insert = insert(examples).returning(examples.c.seq)
 _columns = [c for c in examples.columns if c.name != "seq"]
@@ -23,6 +23,13 @@ _page = (
     .limit(bindparam("b_limit"))
 )
 _count = select(func.count()).where(examples.c.task == bindparam("b_task"), examples.c.seq > bindparam("b_after"))
+
+_newest_inputs = (
+    select(examples.c.input)
+    .where(examples.c.task == bindparam("b_task"))
+    .order_by(examples.c.seq.desc())
+    .limit(bindparam("b_limit"))
+)
 
 
 # json.dumps builds an encoder for every call that is not all defaults
@@ -64,3 +71,7 @@ def page(tx: Transaction, task: str, after: int, limit: int) -> list[ExampleReco
 
 def count(tx: Transaction, task: str, after: int) -> int:
     return int(tx.run(_count, {"b_task": task, "b_after": after}).fetchone()[0])
+
+
+def newest_inputs(tx: Transaction, task: str, limit: int) -> list[str]:
+    return [row[0] for row in tx.run(_newest_inputs, {"b_task": task, "b_limit": limit}).fetchall()]

@@ -154,6 +154,11 @@ class Store:
         with self._database.read() as tx:
             return examples.count(tx, task, after or 0)
 
+    def newest_inputs(self, task: str, limit: int) -> list[str]:
+        """The inputs of the newest examples as JSON text, the newest first."""
+        with self._database.read() as tx:
+            return examples.newest_inputs(tx, task, limit)
+
     # comparisons
 
     def comparisons(self, task: str, *, version: str | None = None, limit: int = 1000) -> list[ComparisonRecord]:
