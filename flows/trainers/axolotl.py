@@ -62,7 +62,6 @@ def axolotl_config(recipe: Recipe, *, base: str, data: Path, output: Path, max_l
         "auto_resume_from_checkpoints": True,
         "logging_steps": 5,
         "seed": recipe.seed,
-        "special_tokens": {},
     }
 
 
