@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from flows.coach import coach_task
@@ -52,7 +56,12 @@ _WORKER = """
             whole(*args, **kwargs)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        setattr(owner, name, after if {after!r} else stopped)
+        def bereft(*args, **kwargs):
+            for pid in {bereaves!r}:
+                os.killpg(pid, signal.SIGKILL)
+            return whole(*args, **kwargs)
+
+        setattr(owner, name, bereft if {bereaves!r} else after if {after!r} else stopped)
 
     def steps(config, task, run):
         with flows.workshop.workshop("") as shop:
@@ -60,7 +69,8 @@ _WORKER = """
                 step(shop, flows.runs.run_of(shop, task, run))
             return flows.promote.promote_run(shop, flows.runs.run_of(shop, task, run))[0].promoted
 
-    flows.coach.coach = steps
+    if not {by_prefect!r}:
+        flows.coach.coach = steps
     result = flows.coach.coach_task(
         load_settings({config!r}), "mood", reason="due", engine=doubles.RoteEngine(truth)
     )
@@ -68,9 +78,20 @@ _WORKER = """
 """
 
 
-def _work(home: Any, folder: Path, stop: str = "", *, after: bool = False) -> subprocess.CompletedProcess[str]:
-    import json
+def _work(
+    home: Any,
+    folder: Path,
+    stop: str = "",
+    *,
+    after: bool = False,
+    bereaves: Sequence[int] = (),
+    prefect: str | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Let a worker train in a process of its own.
 
+    It is killed at ``stop`` (``after`` it), or goes on there after the process groups ``bereaves`` were killed.
+    ``prefect`` is the API that its flows report to; without one the steps run as plain functions.
+    """
     truth = folder / "truth.json"
     truth.write_text(json.dumps(home.truth))
     code = textwrap.dedent(_WORKER).format(
@@ -78,9 +99,14 @@ def _work(home: Any, folder: Path, stop: str = "", *, after: bool = False) -> su
         truth=str(truth),
         stop=stop,
         after=after,
+        bereaves=list(bereaves),
+        by_prefect=prefect is not None,
         config=str(home.config),
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if prefect is not None:
+        # By its own settings Prefect's client asks a server that is gone for minutes.
+        environment |= {"PREFECT_API_URL": prefect, "PREFECT_CLIENT_MAX_RETRIES": "1"}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -117,6 +143,85 @@ def test_a_worker_killed_at_any_step_is_replaced(home: Any, tmp_path: Path, stop
     assert [int(found.version) for found in registered] == [1]
     assert len(home.store.comparisons("mood", version=version.name)) == version.held_out
     shop.close()
+
+
+@contextlib.contextmanager
+def _server(folder: Path, health: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A real server in a process group of its own, once it answers at ``health``."""
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    with (folder / f"{command[0]}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(health, timeout=5).status_code == 200:
+                    break
+            assert process.poll() is None, (folder / f"{command[0]}.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, f"{command[0]} does not answer"
+            time.sleep(0.5)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _servers(folder: Path, mlflow_port: int, prefect_port: int) -> Iterator[list[int]]:
+    """MLflow's and Prefect's servers, as they were left the last time; their process groups."""
+    at = ("--host", "127.0.0.1", "--port")
+    mlflow = ("mlflow", "server", *at, str(mlflow_port), "--workers", "1")
+    files = (
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "files"),
+    )
+    prefect = ("prefect", "server", "start", *at, str(prefect_port))
+    with (
+        _server(folder, f"http://127.0.0.1:{mlflow_port}/health", *mlflow, *files) as one,
+        _server(folder, f"http://127.0.0.1:{prefect_port}/api/health", *prefect) as other,
+    ):
+        yield [one.pid, other.pid]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_servers_killed_in_between_cost_nothing(make_home: Callable[..., Any], tmp_path: Path) -> None:
+    """kill -9 of MLflow and Prefect between training and validation: the run waits for them, and ends once."""
+    mlflow_port, prefect_port = _free_port(), _free_port()
+    home = make_home(tracking={"uri": f"http://127.0.0.1:{mlflow_port}"})
+    home.teach(60)
+    prefect = f"http://127.0.0.1:{prefect_port}/api"
+    with _servers(tmp_path, mlflow_port, prefect_port) as groups:
+        bereft = _work(home, tmp_path, "validate:_figures", bereaves=groups, prefect=prefect)
+    assert bereft.returncode == 1
+    assert "the run is kept" in bereft.stderr
+    (run,) = home.store.runs("mood")
+    assert (run.state, run.step) == ("running", "validate")
+    with _servers(tmp_path, mlflow_port, prefect_port):
+        done = _work(home, tmp_path, prefect=prefect)
+        assert done.returncode == 0, done.stderr
+        (version,) = home.store.versions("mood")
+        (run,) = home.store.runs("mood")
+        assert (run.state, version.status) == ("completed", "champion")
+        assert home.store.policy_row("mood").champion == version.name == done.stdout.split()[-1]
+        shop = Workshop.open(home.settings)
+        assert shop.tracking.aliased("mood", CHAMPION) == version.name
+        registered = shop.tracking._client.search_model_versions("name = 'apprentice.mood'")
+        assert [int(found.version) for found in registered] == [1]
+        shop.close()
 
 
 def test_prefect_shows_a_run_and_its_steps(home: Any, trainer: Any, prefect: None) -> None:
