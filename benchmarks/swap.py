@@ -3,9 +3,10 @@
     python -m benchmarks.swap [--engine embedded llama_cpp vllm] [--adapters A B] [--seconds 60] [--swaps 10]
 
 Sixteen callers ask without a pause while the champion goes back and forth between two versions of the ISEAR task, each
-way a whole swap: load beside, probe, switch, drain, unload. Every answer is held against what the version that it names
-said of that input before, alone: another output, or another confidence, is an answer that mixes versions. Only inputs
-that the two versions answer differently, or with clearly different confidence, are asked.
+way a whole swap: load beside, probe, switch, drain, unload. Half a minute without swaps comes first, to compare with.
+Every answer is held against what the version that it names said of that input before, alone: another output, or
+another confidence, is an answer that mixes versions. Only inputs that the two versions answer differently, or with
+clearly different confidence, are asked.
 
 Without ``--adapters`` two are trained first. vllm needs a running server (``--url``) that can load adapters.
 """
@@ -28,6 +29,7 @@ from apprentice.config import TrainingSettings
 from apprentice.local.adapter import content_name
 from apprentice.local.base_model import SMOLLM2
 from apprentice.local.engine import Engine, LocalAnswer, Version
+from apprentice.local.probe import choose_probes
 from apprentice.local.switch import Switch
 from benchmarks.engines import SCHEMA, Row, isear_rows, train_on
 
@@ -88,6 +90,7 @@ def _measure(
     ]
     for caller in callers:
         caller.start()
+    time.sleep(options.calm)
     swaps = _swap_to_and_fro(switch, engine, versions, options.seconds, options.swaps)
     stop.set()
     for caller in callers:
@@ -103,18 +106,19 @@ def _prepare(
     some = list(values[:_ASKED])
     base = Version("base", TASK, None, SCHEMA)
     engine.load(base)
-    untrained = _answers(engine, base, some[:_PROBES])
-    engine.unload(base.name)
     said = {}
     for version in versions:
         engine.load(version)
         said[version.name] = _answers(engine, version, some)
+        chosen = choose_probes(list(zip(some, said[version.name], strict=True)), _PROBES, random.Random(0))
+        untrained = _answers(engine, base, [value for value, _ in chosen])
         probes = [
             {"input": value, "output": mine.output, "base_output": raw.output}
-            for value, mine, raw in zip(some, said[version.name], untrained, strict=False)
+            for (value, mine), raw in zip(chosen, untrained, strict=True)
         ]
         assert version.adapter is not None
         (version.adapter / "probe.json").write_text(json.dumps(probes), encoding="utf-8")
+    engine.unload(base.name)
     one, other = (said[version.name] for version in versions)
     telling = [
         i
@@ -235,6 +239,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=Path, nargs=2, help="two trained adapter folders")
     parser.add_argument("--url", default="http://127.0.0.1:8055", help="of the vLLM server")
     parser.add_argument("--work", type=Path, default=Path(".bench/swap"))
+    parser.add_argument("--calm", type=float, default=30.0, help="seconds without a swap before the first")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--swaps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)

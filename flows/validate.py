@@ -15,6 +15,7 @@ from prefect.artifacts import create_table_artifact
 from apprentice.confidence.correlation import Tally, chance
 from apprentice.errors import EvaluatorError, OutputError, TrainingError
 from apprentice.local.engine import Engine, LocalAnswer, Version
+from apprentice.local.probe import choose_probes
 from apprentice.schema import Schema
 from apprentice.store.records import RunRecord
 from flows.dataset import load_dataset, write_whole
@@ -165,10 +166,11 @@ def _probe(
 
     The answers are kept in probe.json beside the adapter: every engine that loads it later must give them again.
     """
-    chosen = [
-        (value, answer.output) for value, answer in zip(inputs, answers, strict=True) if isinstance(answer, LocalAnswer)
+    answered = [
+        (value, answer) for value, answer in zip(inputs, answers, strict=True) if isinstance(answer, LocalAnswer)
     ]
-    chosen = random.Random(trained.version).sample(chosen, min(_PROBES, len(chosen)))
+    probed = choose_probes(answered, _PROBES, random.Random(trained.version))
+    chosen = [(value, answer.output) for value, answer in probed]
     again = engine.answer_many(trained.version, [value for value, _ in chosen])
     same = sum(
         isinstance(second, LocalAnswer) and second.output == output

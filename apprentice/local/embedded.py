@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedEngine"]
 
 _log = logging.getLogger(__name__)
-_PASS_TOKENS = 768
+_PASS_TOKENS = 384
 """New tokens in one pass, at most (a longer prompt goes alone): more make a pass longer, not more efficient."""
+_PATIENT_TOKENS = 96
+"""Of these, what those who are in no hurry (validation, probes) get while others wait: they slow these by a quarter."""
 _SLOTS = 32
 """Requests under way at once."""
 _UNTRAINED_TOKENS = 48
@@ -335,14 +337,32 @@ class EmbeddedEngine:
             self._finish(request, EngineUnavailable(f"the embedded engine stopped while it answered ({why})"))
 
     def _take_in(self, running: Sequence[_Request], free: int) -> list[_Request]:
-        """New requests for the next pass, as many as fit."""
+        """New requests for the next pass, as many as fit: a few patient ones, the urgent ones, then who is left."""
         room = _PASS_TOKENS - sum(len(r.decoding.pending) for r in running if r.decoding)
+        alone = not running
         taken: list[_Request] = []
-        while len(taken) < free - 1:
-            with self._wake:
-                queue = self._urgent or self._patient
-                if not queue:
+        for queue, share in ((self._patient, _PATIENT_TOKENS), (self._urgent, room), (self._patient, room)):
+            here = min(share, room)
+            while len(taken) < free - 1:
+                request = self._first_of(queue)
+                if request is None or request.decoding is None:
                     break
+                size = len(request.decoding.pending)
+                if size > here and not alone:
+                    break
+                with self._wake:
+                    # A more urgent one may have come; this one is still the first of its own queue.
+                    queue.popleft()
+                here, room, alone = here - size, room - size, False
+                taken.append(request)
+        return taken
+
+    def _first_of(self, queue: deque[_Request]) -> _Request | None:
+        """The first that somebody still waits for, tokenised. Those before it are done with."""
+        while True:
+            with self._wake:
+                if not queue:
+                    return None
                 request = queue[0]
                 if request.gives_up_at < self._clock():
                     queue.popleft()
@@ -356,15 +376,7 @@ class EmbeddedEngine:
                         queue.popleft()
                     self._finish(request, error)
                     continue
-            size = len(request.decoding.pending)
-            if size > room and (taken or running):
-                break
-            with self._wake:
-                # A more urgent one may have come; this one is still the first of its own queue.
-                queue.popleft()
-            room -= size
-            taken.append(request)
-        return taken
+            return request
 
     def _begin(self, request: _Request) -> Decoding:
         """Tokenise. Raises `OutputError` where the model cannot take so much."""

@@ -8,6 +8,7 @@ of them must differ from what the untrained base model said (activity).
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from apprentice.errors import EngineUnavailable, VersionError
 from apprentice.local.engine import Engine, LocalAnswer
 
-__all__ = ["PARITY", "Probe", "check_parity", "read_probes"]
+__all__ = ["PARITY", "Probe", "check_parity", "choose_probes", "read_probes"]
 
 PARITY = 0.99
 """Share of the validator's answers that must come back the same."""
@@ -29,6 +30,18 @@ class Probe:
     input: Mapping[str, Any]
     output: Mapping[str, Any]
     base_output: Mapping[str, Any] | None
+
+
+def choose_probes(
+    answered: Sequence[tuple[Mapping[str, Any], LocalAnswer]], count: int, draw: random.Random
+) -> list[tuple[Mapping[str, Any], LocalAnswer]]:
+    """``count`` inputs with their answers, drawn from the more confident half.
+
+    Where two answers are as likely as each other, rounding decides, and an engine that batches rounds differently from
+    one time to the next: such an input tells nothing about the weights.
+    """
+    sure = sorted(answered, key=lambda pair: -pair[1].confidence)[: max(count, (len(answered) + 1) // 2)]
+    return draw.sample(sure, min(count, len(sure)))
 
 
 def read_probes(folder: Path) -> list[Probe]:
