@@ -69,7 +69,8 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
             with gap_in_the_curve():
                 show(progress.fraction)
 
-    adapter = trainer.train(job, report)
+    with tracked.system_metrics():
+        adapter = trainer.train(job, report)
     trained = _register(shop, run, adapter, held_out=dataset.card.held_out, tracked=tracked)
     write_result(bench, "trained", trained)
     return trained

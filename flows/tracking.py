@@ -192,6 +192,24 @@ class TrackedRun:
             parent = str(Path(name).parent)
             self._client.log_artifact(self.id, str(path), None if parent == "." else parent)
 
+    @contextlib.contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Record processor, memory, disk, network and GPU every ten seconds, from where an earlier attempt stopped.
+
+        Training does not depend on it: where the server is down MLflow warns and leaves a gap.
+        """
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it announces every start and stop
+        uri = self._client.tracking_uri
+        # MLflow left it untyped.
+        monitor = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=uri)  # type: ignore[no-untyped-call]
+        monitor.start()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            monitor.finish()  # type: ignore[no-untyped-call]
+
     def end(self, *, failed: bool = False) -> None:
         """Close the run."""
         self._client.set_terminated(self.id, RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED))
