@@ -21,7 +21,14 @@ from typing import Any, Literal
 
 from apprentice.errors import ConfigError, MissingExtra, Problem, VersionError
 
-__all__ = ["BaseModel", "cache_dir", "load_model_and_tokenizer", "load_tokenizer", "resolve_base_model"]
+__all__ = [
+    "BaseModel",
+    "cache_dir",
+    "load_model_and_tokenizer",
+    "load_tokenizer",
+    "resolve_base_model",
+    "share_processors",
+]
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -199,10 +206,17 @@ def _unloadable(base: BaseModel, error: BaseException) -> VersionError:
     return VersionError(f"the base model {base.name} at {base.path} cannot be loaded ({error}); {remedy}")
 
 
-def _transformers(what: str) -> Any:
+def share_processors() -> None:
+    """Have torch's idle threads sleep. To be called before torch is imported; later it does nothing.
+
+    OpenMP threads that spin while they wait make two processes on the same cores five times slower (measured).
+    """
     if "torch" not in sys.modules:
-        # OpenMP threads that spin while they wait make two processes on the same cores five times slower (measured).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _transformers(what: str) -> Any:
+    share_processors()
     try:
         import torch  # noqa: F401
         import transformers

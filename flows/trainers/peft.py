@@ -22,7 +22,7 @@ from typing import Any
 
 from apprentice.errors import MissingExtra, TrainingError
 from apprentice.local.adapter import content_name
-from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
+from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model, share_processors
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
@@ -52,6 +52,7 @@ class PeftTrainer:
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Train, or go on at the last checkpoint. Raises `TrainingError` where there is nothing to learn from."""
+        share_processors()
         import torch
 
         # These two need torch, which is imported when something trains.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from apprentice.errors import ConfigError, VersionError
-from apprentice.local.base_model import SMOLLM2, load_model_and_tokenizer, resolve_base_model
+from apprentice.local.base_model import (
+    SMOLLM2,
+    load_model_and_tokenizer,
+    resolve_base_model,
+    share_processors,
+)
 
 
 def test_a_folder_a_file_a_package_and_a_hub_id(tiny_folder: Path) -> None:
@@ -68,3 +75,19 @@ def test_a_damaged_folder_is_a_version_error(tiny_folder: Path, tmp_path: Path) 
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(VersionError, match="cannot be loaded"):
         load_model_and_tokenizer(resolve_base_model(str(folder), Path()))
+
+
+def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set before torch is there; never over a choice of the user's; too late, and pointless, afterwards."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    share_processors()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    share_processors()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    share_processors()
+    assert "OMP_WAIT_POLICY" not in os.environ
