@@ -4,9 +4,9 @@
 
 Sixteen callers ask without a pause while the champion goes back and forth between two versions of the ISEAR task, each
 way a whole swap: load beside, probe, switch, drain, unload. Half a minute without swaps comes first, to compare with.
-Every answer is held against what the version that it names said of that input before, alone: another output, or
-another confidence, is an answer that mixes versions. Only inputs that the two versions answer differently, or with
-clearly different confidence, are asked.
+Every answer is held against what both versions said of that input before, alone: one that is nearer to the version
+that it does not name mixes versions. Only inputs that the two answer differently, or with clearly different
+confidence, are asked.
 
 Without ``--adapters`` two are trained first. vllm needs a running server (``--url``) that can load adapters.
 """
@@ -37,8 +37,8 @@ TASK = "emotion"
 CALLERS = 16
 _PROBES = 24
 _ASKED = 120
-# Batches of other sizes round otherwise: in single precision on a CPU g moves by less than this, and versions by more.
-_NOISE, _CLEAR = 0.03, 0.10
+_CLEAR = 0.10
+"""Difference of confidence by which an answer tells which version gave it."""
 
 
 @dataclass
@@ -155,12 +155,16 @@ def _call(
             heard.failures.append(repr(error))
             continue
         heard.took.append((began, time.monotonic() - began))
-        alone = expected[answer.version][i]
-        near = abs(answer.confidence - alone.confidence) < _NOISE
-        # Where two values are as likely as each other, noise decides; the confidence still tells the version.
-        if not near or (answer.output != alone.output and alone.confidence > 0.5 + _NOISE):
-            heard.mixed.append(f"{answer.version}: {answer.output} {answer.confidence:.3f}, alone {alone}")
+        own = expected[answer.version][i]
+        other = next(answers[i] for name, answers in expected.items() if name != answer.version)
+        if _distance(answer, other) < _distance(answer, own):
+            heard.mixed.append(f"{answer.version}: {answer.output} {answer.confidence:.3f}, alone {own}")
         heard.answered_by[answer.version] = heard.answered_by.get(answer.version, 0) + 1
+
+
+def _distance(one: LocalAnswer, other: LocalAnswer) -> float:
+    """How far apart two answers are: batches of other sizes round otherwise, so equal ones need not be the same."""
+    return (one.output != other.output) + abs(one.confidence - other.confidence)
 
 
 def _swap_to_and_fro(
