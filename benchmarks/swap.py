@@ -5,8 +5,8 @@
 Sixteen callers ask without a pause while the champion goes back and forth between two versions of the ISEAR task, each
 way a whole swap: load beside, probe, switch, drain, unload. Half a minute without swaps comes first, to compare with.
 Every answer is held against what both versions said of that input before, alone: one that is nearer to the version
-that it does not name mixes versions. Only inputs that the two answer differently, or with clearly different
-confidence, are asked.
+that it does not name mixes versions. Only inputs of which both are sure, and which they answer differently or with
+clearly different confidence, are asked.
 
 Without ``--adapters`` two are trained first. vllm needs a running server (``--url``) that can load adapters.
 """
@@ -37,8 +37,9 @@ TASK = "emotion"
 CALLERS = 16
 _PROBES = 24
 _ASKED = 120
-_CLEAR = 0.10
-"""Difference of confidence by which an answer tells which version gave it."""
+_CLEAR, _SURE = 0.10, 0.55
+"""Difference of confidence by which an answer tells which version gave it, and confidence above which rounding does not
+decide what it is."""
 
 
 @dataclass
@@ -123,7 +124,8 @@ def _prepare(
     telling = [
         i
         for i in range(len(some))
-        if one[i].output != other[i].output or abs(one[i].confidence - other[i].confidence) > _CLEAR
+        if min(one[i].confidence, other[i].confidence) > _SURE
+        and (one[i].output != other[i].output or abs(one[i].confidence - other[i].confidence) > _CLEAR)
     ]
     return [some[i] for i in telling], {name: [answers[i] for i in telling] for name, answers in said.items()}
 

@@ -238,6 +238,8 @@ class LlamaCppEngine:
         params.n_parallel, params.n_ctx, params.kv_unified = _SLOTS, _CONTEXT, True
         params.warmup = False
         params.verbosity = -1
+        # Threads that spin while they wait would take the processor from the version that serves during a swap.
+        params.cpuparams.poll = params.cpuparams_batch.poll = 0
         # It listens on this machine's loopback, where web pages can reach it too: only this process knows the key.
         key = secrets.token_urlsafe(24)
         params.api_keys = [key]
