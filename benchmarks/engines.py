@@ -118,13 +118,7 @@ def _agreement(
     plain: Plain, engines: Mapping[str, Engine], version: Version, rows: Sequence[Row]
 ) -> dict[str, list[LocalAnswer]]:
     trainer = plain.decide([value for value, _ in rows])
-    answers: dict[str, list[LocalAnswer]] = {}
-    for name, engine in engines.items():
-        answers[name] = []
-        for answer in engine.answer_many(version.name, [value for value, _ in rows]):
-            if isinstance(answer, Exception):
-                raise answer
-            answers[name].append(answer)
+    answers = {name: answers_of(engine, version, [value for value, _ in rows]) for name, engine in engines.items()}
     said = {name: [a.output["emotion"] for a in some] for name, some in answers.items()}
     print("Served = validated: share of equal answers")
     print(f"  embedded  = trainer    {_same(said['embedded'], trainer):.3f}   (at least 0.99)")
@@ -227,6 +221,16 @@ def auroc(scores: Sequence[float], right: Sequence[bool]) -> float:
 
 def _same(a: Sequence[object], b: Sequence[object]) -> float:
     return statistics.mean(x == y for x, y in zip(a, b, strict=True))
+
+
+def answers_of(engine: Engine, version: Version, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer]:
+    """A version's answers to all of these; the first that fails is raised."""
+    answers = []
+    for answer in engine.answer_many(version.name, values):
+        if isinstance(answer, Exception):
+            raise answer
+        answers.append(answer)
+    return answers
 
 
 def isear_rows(path: Path) -> list[Row]:

@@ -31,7 +31,7 @@ from apprentice.local.base_model import SMOLLM2
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import choose_probes
 from apprentice.local.switch import Switch
-from benchmarks.engines import SCHEMA, Row, isear_rows, train_on
+from benchmarks.engines import SCHEMA, Row, answers_of, isear_rows, train_on
 
 TASK = "emotion"
 CALLERS = 16
@@ -110,9 +110,9 @@ def _prepare(
     said = {}
     for version in versions:
         engine.load(version)
-        said[version.name] = _answers(engine, version, some)
+        said[version.name] = answers_of(engine, version, some)
         chosen = choose_probes(list(zip(some, said[version.name], strict=True)), _PROBES, random.Random(0))
-        untrained = _answers(engine, base, [value for value, _ in chosen])
+        untrained = answers_of(engine, base, [value for value, _ in chosen])
         probes = [
             {"input": value, "output": mine.output, "base_output": raw.output}
             for (value, mine), raw in zip(chosen, untrained, strict=True)
@@ -128,15 +128,6 @@ def _prepare(
         and (one[i].output != other[i].output or abs(one[i].confidence - other[i].confidence) > _CLEAR)
     ]
     return [some[i] for i in telling], {name: [answers[i] for i in telling] for name, answers in said.items()}
-
-
-def _answers(engine: Engine, version: Version, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer]:
-    answers = []
-    for answer in engine.answer_many(version.name, values):
-        if isinstance(answer, Exception):
-            raise answer
-        answers.append(answer)
-    return answers
 
 
 def _call(

@@ -102,13 +102,14 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
             confidence=a.confidence,
             local=a.local,
             remote=a.remote,
-            probability=bought[a.id][1] if a.id in bought else 1.0,
-            sampling_rate=bought[a.id][0] if a.id in bought else 1.0,
+            probability=probability,
+            sampling_rate=rate,
             served=False,
             seeded=True,
             created_at=at,
         )
         for a in validated.answers
+        for rate, probability in [bought.get(a.id, (1.0, 1.0))]
         if a.score is not None and a.local is not None and a.confidence is not None
     ]
 

@@ -21,9 +21,6 @@ class Vocabulary:
         for text in texts:
             self._known |= _words(text)
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def novelty(self, text: str) -> float:
         """The share of the text's distinct words that are not known, in [0, 1]; 0 for a text without words."""
         words = _words(text)

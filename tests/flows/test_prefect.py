@@ -111,6 +111,21 @@ def _work(
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+def _assert_ended_once(home: Any, done: subprocess.CompletedProcess[str]) -> None:
+    """One run, one version, seeded once, on whose championship worker, store and registry agree."""
+    assert done.returncode == 0, done.stderr
+    (version,) = home.store.versions("mood")
+    (run,) = home.store.runs("mood")
+    assert (run.state, version.status) == ("completed", "champion")
+    assert home.store.policy_row("mood").champion == version.name == done.stdout.split()[-1]
+    shop = Workshop.open(home.settings)
+    assert shop.tracking.aliased("mood", CHAMPION) == version.name
+    registered = shop.tracking._client.search_model_versions("name = 'apprentice.mood'")
+    assert [int(found.version) for found in registered] == [1]
+    assert len(home.store.comparisons("mood", version=version.name)) == version.held_out
+    shop.close()
+
+
 @pytest.mark.parametrize(
     ("stop", "after"),
     [
@@ -131,18 +146,7 @@ def test_a_worker_killed_at_any_step_is_replaced(home: Any, tmp_path: Path, stop
     (run,) = home.store.runs("mood")
     assert run.state == "running"
     time.sleep(4.5)  # the dead worker's lease runs out
-    done = _work(home, tmp_path)
-    assert done.returncode == 0, done.stderr
-    (version,) = home.store.versions("mood")
-    (run,) = home.store.runs("mood")
-    assert (run.state, version.status) == ("completed", "champion")
-    assert home.store.policy_row("mood").champion == version.name == done.stdout.split()[-1]
-    shop = Workshop.open(home.settings)
-    assert shop.tracking.aliased("mood", CHAMPION) == version.name
-    registered = shop.tracking._client.search_model_versions("name = 'apprentice.mood'")
-    assert [int(found.version) for found in registered] == [1]
-    assert len(home.store.comparisons("mood", version=version.name)) == version.held_out
-    shop.close()
+    _assert_ended_once(home, _work(home, tmp_path))
 
 
 @contextlib.contextmanager
@@ -211,17 +215,7 @@ def test_servers_killed_in_between_cost_nothing(make_home: Callable[..., Any], t
     (run,) = home.store.runs("mood")
     assert (run.state, run.step) == ("running", "validate")
     with _servers(tmp_path, mlflow_port, prefect_port):
-        done = _work(home, tmp_path, prefect=prefect)
-        assert done.returncode == 0, done.stderr
-        (version,) = home.store.versions("mood")
-        (run,) = home.store.runs("mood")
-        assert (run.state, version.status) == ("completed", "champion")
-        assert home.store.policy_row("mood").champion == version.name == done.stdout.split()[-1]
-        shop = Workshop.open(home.settings)
-        assert shop.tracking.aliased("mood", CHAMPION) == version.name
-        registered = shop.tracking._client.search_model_versions("name = 'apprentice.mood'")
-        assert [int(found.version) for found in registered] == [1]
-        shop.close()
+        _assert_ended_once(home, _work(home, tmp_path, prefect=prefect))
 
 
 def test_prefect_shows_a_run_and_its_steps(home: Any, trainer: Any, prefect: None) -> None:
