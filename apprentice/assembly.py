@@ -20,7 +20,7 @@ from apprentice.local.switch import Switch
 from apprentice.remote import Teacher
 from apprentice.router import Router
 from apprentice.store import Store
-from apprentice.tally import Tally
+from apprentice.tally import FLUSH_S, Tally
 
 if TYPE_CHECKING:
     from apprentice.local.engine import Engine, Version
@@ -48,6 +48,7 @@ class Assembly:
         self.switch.close()
         self.judge.close()
         self.tally.close()
+        self.budget.put_back()
         self.engine.close()
         self.store.close()
 
@@ -70,7 +71,7 @@ def assemble(
         teacher = Teacher(settings.remote, budget, environ=environ, clock=clock, random=draw)
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
-        tally = Tally(store, budget.day)
+        tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S))
         engine = engine or build_engine(settings.local, settings.root)
         switch = Switch(engine, _lookup(settings, store), clock=clock, alert=alerts)
         router = Router(

@@ -5,13 +5,19 @@ has a window in the store (`2026-03-01` of `daily`), and a call is reserved in a
 statement there (`apprentice.store.ledger`). So any number of processes keep a cap together, with no coordinator, and
 what a process held when it died stays counted as spent.
 
+A transaction for every reservation is a fifth of what the library adds to a call. So the transaction that records one
+call may hold the next one's worst case too (``hold_next``): a process then holds, beside the calls in flight, at most
+one more for each of them, gives back what nobody used within a second, and holds nothing so once a cap is nearly full.
+
 `windows_at` is the calendar, and pure: days begin at midnight in the configured zone, however long they last. A clock
 that goes back finds yesterday's windows as they were left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +33,7 @@ from apprentice.store import (
     Count,
     EventRecord,
     ExampleRecord,
+    NextCall,
     Reservation,
     Settlement,
     StateChange,
@@ -45,7 +52,10 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 
 type Level = Literal["info", "warning", "critical"]
 
+type _Kind = tuple[str, str, str]  # of calls: task, provider, model
+
 _HEADROOM_TTL_S = 0.5
+_FADING = Decimal("0.98")
 _PERIODS = ("daily", "weekly", "monthly", "total")
 _WARN_AT: tuple[tuple[Decimal, Level], ...] = (
     (Decimal("0.95"), "critical"),
@@ -124,7 +134,7 @@ class Budget:
 
     ``task_caps`` maps a task to its own caps; ``clock`` gives Unix seconds; ``owner`` names this process in the ledger.
     ``announce`` hears of a cap's marks and of its exhaustion, once among all processes, after the store has the event.
-    Thread-safe: it holds nothing but caches.
+    Thread-safe: it holds nothing but caches, and reservations that `put_back` returns.
     """
 
     def __init__(
@@ -149,6 +159,9 @@ class Budget:
         self._told: set[str] = set()
         self._headroom: dict[str, tuple[float, bool]] = {}
         self._typical: dict[str, Decimal] = {}
+        self._pid = os.getpid()
+        self._standing: dict[_Kind, list[Reservation]] = {}
+        self._needed: dict[_Kind, Decimal] = {}
 
     # the calendar
 
@@ -184,7 +197,7 @@ class Budget:
 
     def reserve(self, task: str, provider: str, model: str, worst_case: Decimal, request_id: str) -> Reservation:
         """Hold ``worst_case`` (USD) in every cap, or raise `BudgetExceeded` naming the one that it does not fit in."""
-        self._typical[task] = worst_case
+        self._need(task, provider, model, worst_case)
         windows = self.windows(task)
         while True:
             if any(w.key not in self._open for w in windows):
@@ -213,6 +226,48 @@ class Budget:
             # Something was released in between, or a row is missing: try again.
             self._open = self._open.intersection(states)
 
+    def standing(
+        self, task: str, provider: str, model: str, worst_case: Decimal, request_id: str
+    ) -> Reservation | None:
+        """A reservation of at least ``worst_case`` that an earlier call made for this one; it costs no transaction."""
+        self._need(task, provider, model, worst_case)
+        standing = self._standing_of((task, provider, model))
+        try:
+            held = standing.pop()
+        except IndexError:
+            return None
+        if held.worst_case < worst_case or held.windows != self.windows(task):
+            standing.insert(0, held)  # too little, or of another day: it is put back before long
+            return None
+        return Reservation(held.id, task, provider, model, request_id, held.worst_case, held.windows, held.created_at)
+
+    def put_back(self, idle_s: float = 0.0) -> bool:
+        """Release what was held for next calls and not used for ``idle_s`` seconds; True where some is still held."""
+        now = self._clock()
+        idle = []
+        for held in self.held_ahead():
+            if not 0 <= now - held.created_at < idle_s:
+                with contextlib.suppress(ValueError):  # it has just been taken
+                    self._standing_of((held.task, held.provider, held.model)).remove(held)
+                    idle.append(held)
+        self.end([Settlement(held, "released", Decimal(0)) for held in idle])
+        return bool(self.held_ahead())
+
+    def held_ahead(self) -> list[Reservation]:
+        """What this process holds for calls that have yet to come."""
+        return [held for kind in list(self._standing) for held in self._standing_of(kind)]
+
+    def _need(self, task: str, provider: str, model: str, worst_case: Decimal) -> None:
+        """Remember what calls need: the most that one lately did, so that nearly all fit in what is held for them."""
+        self._typical[task] = worst_case
+        kind = (task, provider, model)
+        self._needed[kind] = max(worst_case, self._needed.get(kind, worst_case) * _FADING)
+
+    def _standing_of(self, kind: _Kind) -> list[Reservation]:
+        if self._pid != os.getpid():  # after a fork they are the parent's: two calls must not lean on one
+            self._pid, self._standing = os.getpid(), {}
+        return self._standing.setdefault(kind, [])
+
     def settle(self, reservation: Reservation, actual: Decimal, usage: Usage) -> None:
         """Record what a call cost. Where it brought an answer, use `complete_remote` instead: one transaction."""
         self.end([Settlement(reservation, "settled", actual, usage)])
@@ -238,13 +293,26 @@ class Budget:
         counts: Sequence[Count] = (),
         change: Callable[[TaskState], StateChange] | None = None,
         task: str | None = None,
+        hold_next: bool = False,
     ) -> TaskState | None:
-        """`Store.complete_remote`, with the warnings that the new totals call for."""
-        state, windows = self._store.complete_remote(
-            settlements=settlements, example=example, counts=counts, change=change, task=task
+        """`Store.complete_remote`, with the warnings that the new totals call for.
+
+        ``hold_next``: reserve for the next call of this kind in the same transaction, which spares it one of its own.
+        Whoever asks for this sees to it that `put_back` is called, now and then and in the end.
+        """
+        kind, next_call = None, None
+        if hold_next and settlements and settlements[-1].state == "settled":
+            last = settlements[-1].reservation
+            if last.windows == self.windows(last.task):
+                kind = (last.task, last.provider, last.model)
+                next_call = NextCall(self._needed.get(kind, last.worst_case), self._owner, self.day())
+        done = self._store.complete_remote(
+            settlements=settlements, example=example, counts=counts, change=change, task=task, next_call=next_call
         )
-        self._ended(settlements, windows)
-        return state
+        if done.held is not None and kind is not None:
+            self._standing_of(kind).append(done.held)
+        self._ended(settlements, done.windows)
+        return done.state
 
     # the caps
 

@@ -20,6 +20,7 @@ import httpx
 from apprentice.config import Settings, load_settings
 from apprentice.effects import run_async, run_sync
 from apprentice.result import Result, TaskStatus
+from apprentice.transport import async_sender, sender
 
 if TYPE_CHECKING:
     from apprentice.assembly import Assembly
@@ -87,7 +88,7 @@ class Apprentice(_Base):
 
     def __init__(self, assembly: Assembly, http_client: httpx.Client | None = None) -> None:
         super().__init__(assembly)
-        self._client = http_client or httpx.Client()
+        self._client = http_client or sender()
         self._owns_client = http_client is None
 
     @classmethod
@@ -139,7 +140,7 @@ class AsyncApprentice(_Base):
 
     def __init__(self, assembly: Assembly, http_client: httpx.AsyncClient | None = None) -> None:
         super().__init__(assembly)
-        self._client = http_client or httpx.AsyncClient()
+        self._client = http_client or async_sender()
         self._owns_client = http_client is None
 
     @classmethod

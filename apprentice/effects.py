@@ -18,14 +18,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
+from apprentice.transport import AsyncSender, Sender
+
 __all__ = ["Both", "Call", "Effect", "Outcome", "Path", "Send", "Sleep", "run_async", "run_sync"]
+
+_TIMEOUTS = ("connect", "read", "write", "pool")  # httpx's own, each of one wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class Outcome:
         return self.value
 
 
-def run_sync[T](path: Path[T], client: httpx.Client, threads: ThreadPoolExecutor) -> T:
+def run_sync[T](path: Path[T], client: Sender, threads: ThreadPoolExecutor) -> T:
     """Walk a path to its end in this thread. ``threads`` carries the second half of each `Both`."""
     try:
         effect = next(path)
@@ -94,7 +98,7 @@ def run_sync[T](path: Path[T], client: httpx.Client, threads: ThreadPoolExecutor
         return end.value  # type: ignore[no-any-return]
 
 
-def _do_sync(effect: Effect, client: httpx.Client, threads: ThreadPoolExecutor) -> Any:
+def _do_sync(effect: Effect, client: Sender, threads: ThreadPoolExecutor) -> Any:
     match effect:
         case Call(function):
             return function()
@@ -108,35 +112,43 @@ def _do_sync(effect: Effect, client: httpx.Client, threads: ThreadPoolExecutor) 
             return _outcome_sync(first, client, threads), other.result()
 
 
-def _outcome_sync(path: Path[Any], client: httpx.Client, threads: ThreadPoolExecutor) -> Outcome:
+def _outcome_sync(path: Path[Any], client: Sender, threads: ThreadPoolExecutor) -> Outcome:
     try:
         return Outcome(value=run_sync(path, client, threads))
     except Exception as error:  # noqa: BLE001  # both outcomes are wanted
         return Outcome(error=error)
 
 
-def _send(client: httpx.Client, request: httpx.Request, deadline_s: float) -> httpx.Response:
+class _Hurried(httpx.SyncByteStream):
+    """A body that must have arrived by ``ends``, a reading of the monotonic clock."""
+
+    def __init__(self, stream: httpx.SyncByteStream, ends: float) -> None:
+        self._stream = stream
+        self._ends = ends
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._stream:
+            yield chunk
+            if time.monotonic() > self._ends:
+                raise httpx.ReadTimeout("the answer was still arriving at its deadline")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _send(client: Sender, request: httpx.Request, deadline_s: float) -> httpx.Response:
     ends = time.monotonic() + deadline_s
-    request.extensions["timeout"] = httpx.Timeout(deadline_s).as_dict()
+    request.extensions["timeout"] = dict.fromkeys(_TIMEOUTS, deadline_s)
     response = client.send(request, stream=True)
+    response.stream = _Hurried(cast(httpx.SyncByteStream, response.stream), ends)
     try:
-        body = bytearray()
-        for chunk in response.iter_bytes():
-            body += chunk
-            if time.monotonic() > ends:
-                raise httpx.ReadTimeout(f"the answer was still arriving after {deadline_s:g} s", request=request)
+        response.read()
     finally:
         response.close()
-    return _whole(response, bytes(body), request)
+    return response
 
 
-def _whole(response: httpx.Response, body: bytes, request: httpx.Request) -> httpx.Response:
-    # The body is decoded already: a header that says otherwise would have it decoded again.
-    headers = [(k, v) for k, v in response.headers.raw if k.lower() not in (b"content-encoding", b"content-length")]
-    return httpx.Response(response.status_code, headers=headers, content=body, request=request)
-
-
-async def run_async[T](path: Path[T], client: httpx.AsyncClient, threads: ThreadPoolExecutor) -> T:
+async def run_async[T](path: Path[T], client: AsyncSender, threads: ThreadPoolExecutor) -> T:
     """Walk a path to its end on the running event loop; what blocks goes to ``threads``."""
     try:
         effect = next(path)
@@ -154,7 +166,7 @@ async def run_async[T](path: Path[T], client: httpx.AsyncClient, threads: Thread
         return end.value  # type: ignore[no-any-return]
 
 
-async def _do_async(effect: Effect, client: httpx.AsyncClient, threads: ThreadPoolExecutor) -> Any:
+async def _do_async(effect: Effect, client: AsyncSender, threads: ThreadPoolExecutor) -> Any:
     match effect:
         case Call(function):
             return await asyncio.get_running_loop().run_in_executor(threads, function)
@@ -166,22 +178,17 @@ async def _do_async(effect: Effect, client: httpx.AsyncClient, threads: ThreadPo
             return await asyncio.gather(_outcome_async(first, client, threads), _outcome_async(second, client, threads))
 
 
-async def _outcome_async(path: Path[Any], client: httpx.AsyncClient, threads: ThreadPoolExecutor) -> Outcome:
+async def _outcome_async(path: Path[Any], client: AsyncSender, threads: ThreadPoolExecutor) -> Outcome:
     try:
         return Outcome(value=await run_async(path, client, threads))
     except Exception as error:  # noqa: BLE001  # both outcomes are wanted
         return Outcome(error=error)
 
 
-async def _send_async(client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> httpx.Response:
-    request.extensions["timeout"] = httpx.Timeout(deadline_s).as_dict()
+async def _send_async(client: AsyncSender, request: httpx.Request, deadline_s: float) -> httpx.Response:
+    request.extensions["timeout"] = dict.fromkeys(_TIMEOUTS, deadline_s)
     try:
         async with asyncio.timeout(deadline_s):
-            response = await client.send(request, stream=True)
-            try:
-                body = await response.aread()
-            finally:
-                await response.aclose()
+            return await client.send(request)
     except TimeoutError:
         raise httpx.ReadTimeout(f"the answer was still arriving after {deadline_s:g} s", request=request) from None
-    return _whole(response, body, request)

@@ -46,8 +46,8 @@ class _Watched:
     """Local answers that the second watch has not been handed yet."""
 
     version: str
-    seen: list[tuple[LocalObservation, str]] = field(default_factory=list)
-    """Each with its input as text: how much of it is new is found out when they are handed over."""
+    seen: list[tuple[float, bool, bool, Mapping[str, Any]]] = field(default_factory=list)
+    """Confidence, whether served, whether valid, and the input, which is looked at when they are handed over."""
 
 
 def evaluator_of(task: TaskSettings) -> Evaluator:
@@ -170,15 +170,12 @@ class Judge:
 
         An answer that did not fit the output schema is not ``valid``, and has no confidence to speak of: 0.
         """
-        text = Schema.dumps(value)
         with self._locks[task]:
             watched = self._watched.get(task)
             if watched is None or watched.version != version:
                 # What the version before did says nothing of this one.
                 watched = self._watched[task] = _Watched(version)
-            watched.seen.append(
-                (LocalObservation(confidence=confidence, valid=valid, served=served, input_length=len(text)), text)
-            )
+            watched.seen.append((confidence, served, valid, value))
             return len(watched.seen) >= _WATCH_BATCH
 
     def _vocabulary(self, task: str, version: str) -> Vocabulary | None:
@@ -198,8 +195,15 @@ class Judge:
             return
         vocabulary = self._vocabulary(task, watched.version)
         seen = [
-            replace(observation, novelty=vocabulary.novelty(text)) if vocabulary is not None else observation
-            for observation, text in watched.seen
+            LocalObservation(
+                confidence=confidence,
+                valid=valid,
+                served=served,
+                input_length=len(text),
+                novelty=vocabulary.novelty(text) if vocabulary is not None else None,
+            )
+            for confidence, served, valid, value in watched.seen
+            for text in [Schema.dumps(value)]
         ]
         self._update(task, lambda state, trust: (trust.watch(seen) if state.champion == watched.version else [], []))
 

@@ -176,7 +176,9 @@ class Router:
             input_digest=_digest(request.value),
             created_at=self._clock(),
         )
-        yield Call(lambda: self._budget.complete_remote(settlements=answer.settlements, example=example))
+        yield Call(
+            lambda: self._budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
+        )
         return answer
 
     def _ask_local(self, request: _Request) -> Path[LocalAnswer]:

@@ -93,7 +93,11 @@ class Schema:
     @staticmethod
     def dumps(value: Mapping[str, Any]) -> str:
         """The one compact text of a value: no spaces, unicode kept. Training, serving and comparing all use it."""
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return _encode(value)
+
+
+# json.dumps builds an encoder for every call that is not all defaults
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def parse_schema(source: object, *, name: str = "Schema", path: str = "schema") -> Schema:

@@ -24,12 +24,14 @@ _log = logging.getLogger("apprentice")
 class Tally:
     """Counts answers by task, day, version and outcome. One thread, started by the first count, writes them.
 
-    ``day`` gives today's date, in the zone in which money is counted too.
+    ``day`` gives today's date, in the zone in which money is counted too. ``chore`` is done after each writing, by the
+    same thread, and again a little later for as long as it returns True.
     """
 
-    def __init__(self, store: Store, day: Callable[[], str]) -> None:
+    def __init__(self, store: Store, day: Callable[[], str], chore: Callable[[], bool] = lambda: False) -> None:
         self._store = store
         self._day = day
+        self._chore = chore
         self._lock = threading.Lock()
         self._counts: defaultdict[tuple[str, str, str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
         self._wake = threading.Event()
@@ -81,6 +83,8 @@ class Tally:
             self._wake.clear()
             try:
                 self.flush()
+                if self._chore():
+                    self._wake.set()
             except Exception:  # noqa: BLE001  # the counts are kept; the next round tries again
                 _log.warning("request counts could not be written; trying again", exc_info=True)
                 self._wake.set()

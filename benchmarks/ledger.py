@@ -78,17 +78,21 @@ def _storm_worker(url: str, calls: int, threads: int, pipe: int) -> None:
     def call(n: int) -> None:
         request_id = f"{owner}-{n}"
         try:
-            held = budget.reserve("t", "p", "m", WORST, request_id)
+            held = budget.standing("t", "p", "m", WORST, request_id)
+            held = held or budget.reserve("t", "p", "m", WORST, request_id)
         except BudgetExceeded:
             return
         time.sleep(random.random() * 0.01)  # the vendor thinks
         budget.complete_remote(
-            settlements=[Settlement(held, "settled", PRICE, Usage(10, 1))], example=_example(request_id)
+            settlements=[Settlement(held, "settled", PRICE, Usage(10, 1))],
+            example=_example(request_id),
+            hold_next=True,
         )
         os.write(pipe, f"{request_id}\n".encode())
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(call, range(calls)))
+    budget.put_back()
     store.close()
 
 
@@ -196,7 +200,7 @@ def _answer_forever(url: str, pipe: int) -> None:
         for n in range(1000):
             request_id = f"{os.getpid()}-{n}"
             answer = run_sync(teacher.ask(task, {"text": "x"}, request_id), client, pool)
-            budget.complete_remote(settlements=answer.settlements, example=_example(request_id))
+            budget.complete_remote(settlements=answer.settlements, example=_example(request_id), hold_next=True)
             os.write(pipe, f"{request_id}\n".encode())
 
 

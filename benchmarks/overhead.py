@@ -39,6 +39,7 @@ from apprentice.judge import comparison_record
 from apprentice.remote import Teacher
 from apprentice.store import ExampleRecord, Store, VersionRecord
 from apprentice.testing import FakeEngine
+from apprentice.transport import sender
 
 KEY_ENV = "BENCH_KEY"
 TEXT = "My invoice of March shows the same item twice and nobody answers the phone. " * 4
@@ -168,16 +169,17 @@ def remote_path(base_url: str, folder: Path, calls: int) -> None:
         "messages": [{"role": "user", "content": TEXT}],
     }
     threads = ThreadPoolExecutor(2)
+    direct = sender()
 
     def bare() -> None:
         client.post(f"{base_url}/v1/messages", json=body).json()
 
     def ask() -> None:
-        answer = run_sync(teacher.ask(task, value, "r" * 32), client, threads)
+        answer = run_sync(teacher.ask(task, value, "r" * 32), direct, threads)
         example = ExampleRecord(
             "r" * 32, task.name, value, answer.output, answer.provider, answer.model, "d" * 64, time.time()
         )
-        budget.complete_remote(settlements=answer.settlements, example=example)
+        budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
 
     engine = FakeEngine(lambda version, asked: {"category": "billing", "priority": 2})
     environ = {KEY_ENV: "k"}
@@ -204,6 +206,7 @@ def remote_path(base_url: str, folder: Path, calls: int) -> None:
     disk(folder)
     threads.shutdown()
     store.close()
+    direct.close()
     client.close()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -17,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from apprentice.budget import NEVER, Budget, resets_at, windows_at
 from apprentice.config import BudgetSettings, Caps
 from apprentice.errors import BudgetExceeded
-from apprentice.store import Reservation, Store, Usage
+from apprentice.store import Reservation, Settlement, Store, Usage
 
 
 def dollars(text: str | int) -> Decimal:
@@ -162,6 +164,73 @@ def test_warnings_come_once_among_processes(store: Store, caplog: pytest.LogCapt
     assert "budget_warning" in caplog.text
 
 
+def call(budget: Budget, worst: str, cost: str) -> Reservation:
+    """One answered call, which holds for the next; returns its reservation."""
+    amount = dollars(worst)
+    held = budget.standing("a", "p", "m", amount, "r") or budget.reserve("a", "p", "m", amount, "r")
+    budget.complete_remote(settlements=[Settlement(held, "settled", dollars(cost), Usage(1, 1))], hold_next=True)
+    return held
+
+
+def test_a_call_holds_for_the_next() -> None:
+    """The second call needs no transaction of its own before it is sent, and its id is in the ledger afterwards."""
+    clock = Clock(2026, 3, 1)
+    store = Store.open("sqlite://", clock=clock)
+    budget = Budget(store, BudgetSettings(daily=10), clock=clock)  # type: ignore[arg-type]
+    first = call(budget, "0.50", "0.10")
+    (ahead,) = budget.held_ahead()
+    (cap,) = budget.remaining()
+    assert (ahead.request_id, cap.spent, cap.reserved) == ("", dollars("0.10"), dollars("0.50"))
+    assert budget.standing("a", "p", "m", dollars("0.51"), "r") is None  # too large for it
+    assert budget.standing("a", "p", "another", dollars("0.50"), "r") is None
+    second = call(budget, "0.40", "0.10")
+    assert (second.id, second.request_id) == (ahead.id, "r") != (first.id, "r")
+    (third,) = budget.held_ahead()
+    assert third.worst_case > dollars("0.40")  # the 0.51 asked for before is remembered
+    assert budget.put_back(idle_s=1.0) is True
+    clock.now += 1
+    assert (budget.put_back(idle_s=1.0), budget.held_ahead()) == (False, [])
+    assert [(row.state, row.calls) for row in store.spend()] == [("settled", 2)]  # what never was leaves no row
+    (cap,) = budget.remaining()
+    assert (cap.spent, cap.reserved) == (dollars("0.20"), Decimal(0))
+
+
+def test_nothing_is_held_ahead_of_a_cap_that_is_nearly_full(store: Store) -> None:
+    """The last tenth of a cap is for calls that somebody has to make."""
+    budget = Budget(store, BudgetSettings(daily=1), clock=Clock(2026, 3, 1))  # type: ignore[arg-type]
+    call(budget, "0.30", "0.30")
+    assert [held.worst_case for held in budget.held_ahead()] == [dollars("0.30")]
+    call(budget, "0.30", "0.30")
+    call(budget, "0.30", "0.25")  # what is held for it was taken at 60 %; beyond 85 % nothing more
+    assert budget.held_ahead() == []
+    call(budget, "0.15", "0.15")
+    assert budget.remaining()[0].remaining == Decimal(0)
+
+
+def test_what_is_held_does_not_outlive_its_day(store: Store) -> None:
+    """A call after midnight must fit in the new day's windows: yesterday's reservation does not cover it."""
+    clock = Clock(2026, 3, 1, 23)
+    budget = Budget(store, BudgetSettings(daily=1), clock=clock)  # type: ignore[arg-type]
+    call(budget, "0.30", "0.30")
+    clock.now += 7200
+    assert budget.standing("a", "p", "m", dollars("0.30"), "r") is None
+    call(budget, "0.30", "0.30")
+    assert budget.remaining()[0].spent == dollars("0.30")
+    assert budget.put_back() is False
+
+
+def test_a_forked_child_does_not_take_what_its_parent_holds(tmp_path: Path) -> None:
+    """One reservation must not guard two calls."""
+    with Store.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+        call(budget, "0.30", "0.30")
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if budget.standing("a", "p", "m", dollars("0.30"), "r") is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert budget.standing("a", "p", "m", dollars("0.30"), "r") is not None
+
+
 def test_a_lost_window_is_made_again(store: Store) -> None:
     """Windows that vanish with a power failure are created anew instead of refusing every call."""
     budget = Budget(store, BudgetSettings(daily=1), clock=Clock(2026, 3, 1))  # type: ignore[arg-type]
@@ -193,6 +262,7 @@ class Ledger(RuleBasedStateMachine):
         self.expected: dict[str, Decimal] = {}
         self.caps: dict[str, Decimal] = {}
         self.ended: set[int] = set()
+        self.standing: set[int] = set()
 
     def process(self) -> Budget:
         caps = BudgetSettings(**CAPS, timezone=ZONE, week_start="sunday")
@@ -242,6 +312,38 @@ class Ledger(RuleBasedStateMachine):
             self.budgets[who].settle(reservation, Decimal(0), Usage())
             if self.ends(reservation):
                 self.add(reservation, -reservation.worst_case)
+
+    @rule(target=held, reservation=consumes(held), who=st.integers(0, 1), share=st.integers(0, 100))
+    def settle_and_call_again(self, reservation: Reservation | None, who: int, share: int) -> Any:
+        """The next call of the kind takes what the last one's record held for it, or gets nothing without asking."""
+        if reservation is None:
+            return None
+        actual = reservation.worst_case * share / 100
+        budget = self.budgets[who]
+        before = self.store.window_states([w.key for w in reservation.windows])
+        budget.complete_remote(settlements=[Settlement(reservation, "settled", actual)], hold_next=True)
+        if self.ends(reservation):
+            self.add(reservation, actual - reservation.worst_case)
+        taken = budget.standing(reservation.task, "p", "m", reservation.worst_case, "next")
+        for one in budget.held_ahead():
+            if one.id not in self.standing:
+                self.standing.add(one.id)
+                self.add(one, one.worst_case)
+        if taken is not None and taken.id not in self.standing:
+            self.add(taken, taken.worst_case)
+            for window in taken.windows:
+                assert before[window.key].committed <= window.cap
+                assert self.expected[window.key] <= Decimal("0.9") * window.cap
+        self.standing.discard(taken.id if taken else -1)
+        return taken
+
+    @rule(who=st.integers(0, 1))
+    def put_back(self, who: int) -> None:
+        """A process has had nothing to do for a while."""
+        for one in self.budgets[who].held_ahead():
+            self.standing.discard(one.id)
+            self.add(one, -one.worst_case)
+        assert self.budgets[who].put_back() is False
 
     @rule(reservation=consumes(held), who=st.integers(0, 1))
     def release(self, reservation: Reservation | None, who: int) -> None:

@@ -1,6 +1,8 @@
 """One path, two drivers: what a path sees must not depend on who walks it."""
 
 import asyncio
+import gzip
+import http.server
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ import httpx
 import pytest
 
 from apprentice.effects import Both, Call, Outcome, Path, Send, Sleep, run_async, run_sync
+from apprentice.transport import AsyncSender, Sender, async_sender, sender
 
 
 def answer(request: httpx.Request) -> httpx.Response:
@@ -110,30 +113,78 @@ def dripping_server() -> Iterator[str]:
     listener.close()
 
 
+def walk_by(driver: str, path: Path[Any], *, own: bool) -> Any:
+    """Walk a path over real connections: those of a client that the application brought, or Apprentice's own."""
+    with ThreadPoolExecutor(1) as threads:
+        if driver == "sync":
+            client: Sender = httpx.Client() if own else sender()
+            try:
+                return run_sync(path, client, threads)
+            finally:
+                client.close()
+
+        async def main() -> Any:
+            client: AsyncSender = httpx.AsyncClient() if own else async_sender()
+            try:
+                return await run_async(path, client, threads)
+            finally:
+                await client.aclose()
+
+        return asyncio.run(main())
+
+
 @both_drivers
-def test_a_deadline_holds_against_a_body_that_drips(driver: str, dripping_server: str) -> None:
+def test_without_a_client_of_ones_own_answers_are_the_same(driver: str) -> None:
+    """Over the bare transport: the answer of a real server, decoded, and an error that says what failed."""
+
+    def path(url: str) -> Path[httpx.Response]:
+        return (yield Send(httpx.Request("POST", url, content=b"{}"), deadline_s=5))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the name that the library looks for
+            body = gzip.compress(b'{"path": "zipped"}')
+            self.send_response(200)
+            self.send_header("content-encoding", "gzip")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        answers = walk_by(driver, path(url), own=False)
+    assert (answers.status_code, answers.json(), answers.request.url) == (200, {"path": "zipped"}, url)
+    with pytest.raises(httpx.ConnectError):
+        walk_by(driver, path(url), own=False)
+
+
+def test_proxies_that_the_environment_names_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a whole httpx client knows them."""
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    with sender() as client:  # type: ignore[attr-defined]  # it must be httpx's own
+        assert isinstance(client, httpx.Client)
+    monkeypatch.delenv("HTTP_PROXY")
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not isinstance(sender(), httpx.Client)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@both_drivers
+def test_a_deadline_holds_against_a_body_that_drips(driver: str, own: bool, dripping_server: str) -> None:
     """The deadline is for the whole answer, not for each read of it."""
 
     def path() -> Path[None]:
         yield Send(httpx.Request("GET", dripping_server), deadline_s=0.3)
 
-    def walk_it() -> None:
-        with ThreadPoolExecutor(1) as threads, httpx.Client() as client:
-            run_sync(path(), client, threads)
-
-    async def walk_it_async() -> None:
-        with ThreadPoolExecutor(1) as threads:
-            async with httpx.AsyncClient() as client:
-                await run_async(path(), client, threads)
-
     with pytest.raises(httpx.ReadTimeout):
-        walk_it() if driver == "sync" else asyncio.run(walk_it_async())
+        walk_by(driver, path(), own=own)
 
 
 @both_drivers
 def test_a_compressed_answer_is_decoded_once(driver: str) -> None:
     """The driver reads the body itself; whoever reads the response must not decode it again."""
-    import gzip
 
     def handler(request: httpx.Request) -> httpx.Response:
         body = gzip.compress(b'{"path": "zipped"}')

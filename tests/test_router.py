@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from apprentice import BudgetExceeded, InputError, OutputError, RemoteRefused, Unavailable, UnknownTask
 from apprentice.phases import Phase
+from apprentice.store import Store
 from apprentice.testing import Fault
 from tests.conftest import Workbench
 
@@ -134,6 +136,26 @@ def test_an_answer_outside_the_schema_is_repaired_once_and_never_kept(bench: Ben
     with pytest.raises(OutputError, match="label"):
         at.run()
     assert at.store.count_examples("mood") == 1
+
+
+def test_what_is_held_for_a_next_request_is_given_back(bench: Bench) -> None:
+    """A client that has nothing more to do holds no money: within seconds while it lives, at once when it closes."""
+    at = bench(budget={"daily": 10})
+    budget = at.client.parts.budget
+    at.run("a joy")
+    assert len(budget.held_ahead()) == 1
+    ends = time.monotonic() + 30
+    while budget.held_ahead() and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert budget.remaining()[0].reserved == 0
+    at.run("a fear")
+    at.client.close()
+    with Store.open(at.client.settings.store_url) as store:
+        (row,) = store.spend()
+        assert (row.state, row.calls) == ("settled", 2)
+        assert (
+            sum(w.committed for w in store.window_states([w.key for w in budget.windows("mood")]).values()) == row.cost
+        )
 
 
 def test_an_exhausted_budget_stops_the_remote_but_not_the_local_model(bench: Bench) -> None:

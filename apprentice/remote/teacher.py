@@ -291,6 +291,8 @@ class Teacher:
                 failure = Failure(f"{left_alone}; the last failure: {failure.message}" if attempt else left_alone)
                 break
             if account.held is None:
+                account.held = self._budget.standing(task.name, name, model, worst, request_id)
+            if account.held is None:
                 account.held = yield Call(lambda: self._budget.reserve(task.name, name, model, worst, request_id))
             if not (yield from self._wait_for_turn(source, task, request, ends)):
                 if not attempt:

@@ -3,6 +3,7 @@
 Invariant: in every cap window ``spent <= committed``, and no reservation lifts ``committed`` above the cap. A call
 holds its worst case in ``committed`` from before it is sent until its end is recorded; if nobody lives to record it, it
 is held forever, which is what "a reservation whose owner died counts as spent" means. There is no sweeper to err.
+A call may be held before anybody has it to make (``next_call``); it has no request's id then.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from decimal import ROUND_HALF_EVEN, ROUND_UP, Decimal
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Update, and_, bindparam, case, func, insert, select, update
+from sqlalchemy import Update, and_, bindparam, case, delete, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.store.database import Transaction
-from apprentice.store.records import CapWindow, Reservation, Settlement, SpendRow, Usage, WindowState
+from apprentice.store.records import CapWindow, NextCall, Reservation, Settlement, SpendRow, Usage, WindowState
 from apprentice.store.tables import calls, cap_windows
 
 __all__ = ["end_calls", "open_windows", "reserve", "spend", "to_nano", "window_states"]
@@ -24,6 +25,8 @@ __all__ = ["end_calls", "open_windows", "reserve", "spend", "to_nano", "window_s
 _NANO = Decimal(1_000_000_000)
 # A call that has been in flight for longer than any deadline has no owner any more.
 _ABANDONED_S = 3600.0
+# The share of a cap up to which calls may be held that have yet to come: what is left of it is for those who have one.
+_AMPLE = Decimal("0.9")
 
 _insert_call = (
     insert(calls)
@@ -48,6 +51,7 @@ _end_call = (
     .where(calls.c.seq == bindparam("b_seq"), calls.c.state == "reserved")
     .values(
         state=bindparam("b_state"),
+        request_id=bindparam("b_request_id"),
         cost=bindparam("b_cost"),
         input_tokens=bindparam("b_input"),
         output_tokens=bindparam("b_output"),
@@ -57,6 +61,8 @@ _end_call = (
         ended_at=bindparam("b_at"),
     )
 )
+
+_forget_call = delete(calls).where(calls.c.seq == bindparam("b_seq"), calls.c.state == "reserved")
 
 _held = case((calls.c.state == "reserved", calls.c.worst_case), else_=calls.c.cost)
 _state = case(
@@ -164,6 +170,26 @@ def reserve(
             values[f"b_cap{i}"] = to_nano(w.cap)
         if tx.run(_reserve_in(len(windows)), values).rowcount != len(windows):
             return None
+    return _insert_held(tx, amount, task, provider, model, request_id, owner, day, tuple(windows), at)
+
+
+def _insert_next(tx: Transaction, last: Reservation, call: NextCall, at: float) -> Reservation:
+    amount = to_nano(call.worst_case, up=True)
+    return _insert_held(tx, amount, last.task, last.provider, last.model, "", call.owner, call.day, last.windows, at)
+
+
+def _insert_held(
+    tx: Transaction,
+    amount: int,
+    task: str,
+    provider: str,
+    model: str,
+    request_id: str,
+    owner: str,
+    day: str,
+    windows: tuple[CapWindow, ...],
+    at: float,
+) -> Reservation:
     row = {
         "b_task": task,
         "b_provider": provider,
@@ -175,44 +201,74 @@ def reserve(
         "b_created_at": at,
     }
     seq = tx.run(_insert_call, row).fetchone()[0]
-    return Reservation(seq, task, provider, model, request_id, from_nano(amount), tuple(windows), at)
+    return Reservation(seq, task, provider, model, request_id, from_nano(amount), windows, at)
 
 
-def end_calls(tx: Transaction, settlements: Sequence[Settlement], at: float) -> list[list[WindowState]]:
+def end_calls(
+    tx: Transaction, settlements: Sequence[Settlement], at: float, next_call: NextCall | None = None
+) -> tuple[list[list[WindowState]], Reservation | None]:
     """Record how calls ended. A call ends once: ending it again changes nothing.
 
-    Returns, for each settlement, its windows as they are after it (empty where it had ended before).
+    Returns, for each settlement, its windows as they are after it (empty where it had ended before); and, where
+    ``next_call`` is given and the caps leave ample room, what is now held for one more call like the last.
     """
     _lock(tx, sorted({w.key for s in settlements for w in s.reservation.windows}))
     after: list[list[WindowState]] = []
-    for s in settlements:
-        held = to_nano(s.reservation.worst_case)
-        cost = held if s.state == "lost" else to_nano(s.cost)
-        u = s.usage
-        ended = tx.run(
-            _end_call,
-            {
-                "b_seq": s.reservation.id,
-                "b_state": s.state,
-                "b_cost": cost,
-                "b_input": u.input,
-                "b_output": u.output,
-                "b_cached": u.cached,
-                "b_cache_write": u.cache_write,
-                "b_reasoning": u.reasoning,
-                "b_at": at,
-            },
-        )
-        windows = s.reservation.windows
-        if not windows or ended.rowcount != 1:
+    held: Reservation | None = None
+    for i, s in enumerate(settlements):
+        worst_case = to_nano(s.reservation.worst_case)
+        cost = worst_case if s.state == "lost" else to_nano(s.cost)
+        if not _end(tx, s, cost, at):
             after.append([])
             continue
-        values: dict[str, Any] = {f"b_key{i}": w.key for i, w in enumerate(windows)}
-        values["b_change"] = cost - held
-        values["b_cost"] = cost
-        rows = tx.run(_end_in(len(windows)), values).fetchall()
-        after.append([WindowState(key, from_nano(spent), from_nano(committed)) for key, spent, committed in rows])
-    return after
+        more = next_call if i == len(settlements) - 1 else None
+        states, is_held = _end_in_windows(tx, s.reservation.windows, cost - worst_case, cost, more)
+        after.append(states)
+        if more is not None and is_held:
+            held = _insert_next(tx, s.reservation, more, at)
+    return after, held
+
+
+def _end(tx: Transaction, s: Settlement, cost: int, at: float) -> bool:
+    """Write down a call's end; False where it had ended before. One that nobody came to make leaves no row."""
+    if s.state == "released" and not s.reservation.request_id:
+        return tx.run(_forget_call, {"b_seq": s.reservation.id}).rowcount == 1
+    u = s.usage
+    values = {
+        "b_seq": s.reservation.id,
+        "b_state": s.state,
+        "b_request_id": s.reservation.request_id,
+        "b_cost": cost,
+        "b_input": u.input,
+        "b_output": u.output,
+        "b_cached": u.cached,
+        "b_cache_write": u.cache_write,
+        "b_reasoning": u.reasoning,
+        "b_at": at,
+    }
+    return tx.run(_end_call, values).rowcount == 1
+
+
+def _end_in_windows(
+    tx: Transaction, windows: Sequence[CapWindow], change: int, cost: int, next_call: NextCall | None
+) -> tuple[list[WindowState], bool]:
+    """Change what is committed and spent in these windows, and whether ``next_call`` is committed in them too.
+
+    It is committed at once, in the same statement, and taken back in the rare case that it was too much: nobody
+    else sees these rows before the transaction ends.
+    """
+    if not windows:
+        return [], True
+    more = to_nano(next_call.worst_case, up=True) if next_call is not None else 0
+    keys: dict[str, Any] = {f"b_key{i}": w.key for i, w in enumerate(windows)}
+    run = _end_in(len(windows))
+    rows = tx.run(run, {**keys, "b_change": change + more, "b_cost": cost}).fetchall()
+    if more:
+        ample = {w.key: to_nano(w.cap * _AMPLE) for w in windows}
+        if any(committed > ample[key] for key, _, committed in rows):
+            rows = tx.run(run, {**keys, "b_change": -more, "b_cost": 0}).fetchall()
+            more = 0
+    return [WindowState(key, from_nano(spent), from_nano(committed)) for key, spent, committed in rows], bool(more)
 
 
 def window_states(tx: Transaction, keys: Sequence[str]) -> dict[str, WindowState]:

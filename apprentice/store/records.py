@@ -14,10 +14,12 @@ from typing import Any, Literal
 __all__ = [
     "CapWindow",
     "ComparisonRecord",
+    "Completed",
     "Count",
     "EventRecord",
     "ExampleRecord",
     "Lease",
+    "NextCall",
     "PolicyRow",
     "Reservation",
     "RunRecord",
@@ -265,12 +267,34 @@ class Settlement:
 
 
 @dataclass(frozen=True, slots=True)
+class NextCall:
+    """A call that has yet to come: what it may cost at most, who will make it, and the day it is counted on."""
+
+    worst_case: Decimal
+    owner: str
+    day: str
+
+
+@dataclass(frozen=True, slots=True)
 class WindowState:
     """What a cap's window holds: ``spent`` for sure, and ``committed``, which adds the calls in flight."""
 
     key: str
     spent: Decimal
     committed: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What recording a remote answer came to.
+
+    ``state`` is the task's new one, where it changed; ``windows`` are, for each settlement, its cap windows after it
+    (empty where it had ended before); ``held`` is the reservation of the next call, where one was made.
+    """
+
+    state: TaskState | None
+    windows: list[list[WindowState]]
+    held: Reservation | None
 
 
 @dataclass(frozen=True, slots=True)

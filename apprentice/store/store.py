@@ -19,10 +19,12 @@ from apprentice.store.migrations import migrate
 from apprentice.store.records import (
     CapWindow,
     ComparisonRecord,
+    Completed,
     Count,
     EventRecord,
     ExampleRecord,
     Lease,
+    NextCall,
     PolicyRow,
     Reservation,
     RunRecord,
@@ -108,11 +110,12 @@ class Store:
         counts: Sequence[Count] = (),
         change: Callable[[TaskState], StateChange] | None = None,
         task: str | None = None,
-    ) -> tuple[TaskState | None, list[list[WindowState]]]:
+        next_call: NextCall | None = None,
+    ) -> Completed:
         """Record a remote answer, all of it or nothing, durably: what it cost, the example, the counts.
 
-        With ``change`` the state of ``task`` (default: the example's) changes in the same transaction. Returns the
-        new state (None without ``change``), and for each settlement its cap windows after it.
+        With ``change`` the state of ``task`` (default: the example's) changes in the same transaction. With
+        ``next_call`` one more call like the last settlement's is held, where the caps leave ample room.
         """
         name = task or (example.task if example else None)
         with self._database.write(durable=True) as tx:
@@ -123,12 +126,12 @@ class Store:
                 if name is None:
                     raise TypeError("complete_remote needs task= to change a state without an example")
                 state = states.update_state(tx, name, change, at)
-            windows = ledger.end_calls(tx, settlements, at)
+            windows, held = ledger.end_calls(tx, settlements, at, next_call)
             if example is not None:
                 examples.add(tx, example)
             if counts:
                 _add_counts(tx, counts)
-            return state, windows
+            return Completed(state, windows, held)
 
     def add_example(self, example: ExampleRecord) -> int:
         """Record an example that cost nothing (imported, replayed); returns its ``seq``."""
@@ -335,7 +338,7 @@ class Store:
     def end_calls(self, settlements: Sequence[Settlement]) -> list[list[WindowState]]:
         """Record how calls ended that brought no answer; see `complete_remote` for those that did."""
         with self._database.write(durable=True) as tx:
-            return ledger.end_calls(tx, settlements, self._clock())
+            return ledger.end_calls(tx, settlements, self._clock())[0]
 
     def window_states(self, keys: Sequence[str]) -> dict[str, WindowState]:
         """What is spent and held in these windows; one that does not exist holds nothing and is left out."""

@@ -360,14 +360,14 @@ def test_completing_records_everything_or_nothing(store: Store) -> None:
     with pytest.raises(RuntimeError):
         store.complete_remote(settlements=[settled], example=example(1), change=bad)
     assert (store.count_examples("a"), committed(store)) == (0, (Decimal(0), Decimal("0.25")))
-    state, windows = store.complete_remote(
+    done = store.complete_remote(
         settlements=[settled],
         example=example(1),
         counts=[Count("a", "2026-03-01", "", "remote")],
         change=lambda s: s.change(phase=2),
     )
-    assert state is not None
-    assert (state.phase, windows[0][0].spent) == (2, Decimal("0.10"))
+    assert done.state is not None
+    assert (done.state.phase, done.windows[0][0].spent, done.held) == (2, Decimal("0.10"), None)
     assert (store.count_examples("a"), store.counts()[0].n) == (1, 1)
 
 
