@@ -6,7 +6,8 @@ Printed: p50 and p99 in milliseconds and CPU time per call, of
 * bare: `httpx.Client.post(url, json=...).json()`
 * ask and record: reserve, send, parse, check, price, then settlement and example in one durable SQLite transaction
 * run: the same through `Apprentice.run`, router included
-* local: `Apprentice.run` answered by the local model (an engine double that answers at once)
+* local: `Apprentice.run` answered by the local model (an engine double that answers at once), each after a remote call,
+  whose code and data have taken its place in the processor's caches; and alone, one after the other
 
 and whether any of it grows with the store. Run: python -m benchmarks.overhead [calls]
 """
@@ -197,6 +198,9 @@ def remote_path(base_url: str, folder: Path, calls: int) -> None:
             Timings("run, local", lambda: local.run(task.name, value)),
         ]
         interleaved(kinds, calls)
+        alone = Timings("run, local alone", lambda: local.run(task.name, value))
+        interleaved([alone], calls)
+        kinds.append(alone)
     print(f"{calls} calls each, interleaved; SQLite, synchronous=FULL, caps per day, week and month")
     print(
         "aims: run, remote at most 1.5 x bare at p50; run, local at most 0.15 ms; the last tenth as fast as the first"
