@@ -162,7 +162,7 @@ def _prices(calls: Iterable[SpendRow]) -> dict[str, Decimal]:
     cost: defaultdict[str, Decimal] = defaultdict(Decimal)
     n: defaultdict[str, int] = defaultdict(int)
     for row in calls:
-        if row.state == "settled":
+        if row.is_answered:
             cost[row.task] += row.cost
             n[row.task] += row.calls
     return {task: cost[task] / n[task] for task in n}

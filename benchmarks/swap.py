@@ -36,7 +36,6 @@ from benchmarks.engines import SCHEMA, Row, answers_of, isear_rows, train_on
 TASK = "emotion"
 CALLERS = 16
 _PROBES = 24
-_ASKED = 120
 _CLEAR, _SURE = 0.10, 0.55
 """Difference of confidence by which an answer tells which version gave it, and confidence above which rounding does not
 decide what it is."""
@@ -74,7 +73,7 @@ def _measure(
     name: str, engine: Engine, folders: Sequence[Path], rows: Sequence[Row], options: argparse.Namespace
 ) -> None:
     versions = [_copied(folder, options.work / name) for folder in folders]
-    asked, expected = _prepare(engine, versions, [value for value, _ in rows])
+    asked, expected = _prepare(engine, versions, [value for value, _ in rows[: options.asked]])
     known = {version.name: version for version in versions}
     alerts: list[str] = []
     switch = Switch(
@@ -104,7 +103,7 @@ def _prepare(
     engine: Engine, versions: Sequence[Version], values: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Mapping[str, Any]], dict[str, list[LocalAnswer]]]:
     """Leave probes beside both adapters, as validation does, and pick the inputs on which the versions differ."""
-    some = list(values[:_ASKED])
+    some = list(values)
     base = Version("base", TASK, None, SCHEMA)
     engine.load(base)
     said = {}
@@ -236,6 +235,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=Path, nargs=2, help="two trained adapter folders")
     parser.add_argument("--url", default="http://127.0.0.1:8055", help="of the vLLM server")
     parser.add_argument("--work", type=Path, default=Path(".bench/swap"))
+    parser.add_argument("--asked", type=int, default=120, help="inputs to choose from; fewer for a slow engine")
     parser.add_argument("--calm", type=float, default=30.0, help="seconds without a swap before the first")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--swaps", type=int, default=10)

@@ -24,7 +24,7 @@ from prefect.settings import (
 )
 
 from apprentice.config import Settings
-from apprentice.errors import ApprenticeError, ConfigError, MissingExtra, TrainingError
+from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, MissingExtra, TrainingError
 from apprentice.local.engine import Engine
 from apprentice.store import Store
 from apprentice.store.records import EventRecord, Lease, RunRecord
@@ -42,7 +42,7 @@ LEASE_S = 60.0
 MOST_ATTEMPTS = 3
 _log = logging.getLogger("apprentice.coach")
 # What trying again cannot help.
-_FINAL = (TrainingError, ConfigError, MissingExtra)
+_FINAL = (TrainingError, ConfigError, MissingExtra, BudgetExceeded)
 
 
 class Busy(TrainingError):

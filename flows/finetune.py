@@ -12,7 +12,9 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from apprentice.store import Usage
 from apprentice.store.records import RunRecord, VersionRecord
+from flows.bill import reserve_training
 from flows.dataset import load_dataset
 from flows.runs import advance, run_of
 from flows.steps import Trained, read_result, write_result
@@ -51,6 +53,7 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
     job = training_job(shop, run, dataset.train)
     trainer = build_trainer(shop.settings.local.fine_tune_backend)
     trainer.preflight(job)
+    held = reserve_training(shop, run, trainer, job)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     shown_at = [0.0]
 
@@ -71,6 +74,8 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
 
     with tracked.system_metrics():
         adapter = trainer.train(job, report)
+    if held is not None:
+        shop.budget.settle(held, adapter.cost, Usage())
     trained = _register(shop, run, adapter, held_out=dataset.card.held_out, tracked=tracked)
     write_result(bench, "trained", trained)
     return trained

@@ -31,7 +31,7 @@ def observe_task(shop: Workshop, task: str) -> dict[str, float | str | None]:
     for row in shop.store.spend():
         if row.task == task:
             spent += row.cost
-            if row.state == "settled":
+            if row.is_answered:
                 calls, billed = calls + row.calls, billed + row.cost
     local = sum(count.n for count in shop.store.counts(task) if count.outcome == "local")
     values: dict[str, float | None] = {

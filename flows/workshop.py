@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apprentice.alerts import Alerts
+from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings, load_settings
 from apprentice.judge import Judge
 from apprentice.local.engine import Engine
@@ -56,10 +57,21 @@ class Workshop:
         return self.settings.task(name)
 
     @cached_property
+    def alerts(self) -> Alerts:
+        """Who tells people."""
+        return Alerts(self.store, self.clock, self.settings.alerts.webhook)
+
+    @cached_property
     def judge(self) -> Judge:
         """Who carries promotions into the trust state."""
-        alerts = Alerts(self.store, self.clock, self.settings.alerts.webhook)
-        return Judge(self.settings, self.store, alerts, self.clock, random.Random())
+        return Judge(self.settings, self.store, self.alerts, self.clock, random.Random())
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The caps, which hold for a vendor's training too."""
+        caps = {task.name: task.budget for task in self.settings.tasks}
+        announce = self.alerts.announce
+        return Budget(self.store, self.settings.budget, caps, clock=self.clock, owner="coach", announce=announce)
 
     @cached_property
     def tracking(self) -> Tracking:

@@ -24,7 +24,7 @@ from apprentice.errors import VersionError
 from apprentice.local.base_model import BaseModel
 from apprentice.local.frame import Frame
 
-__all__ = ["Adapter", "LoraLayer", "check_adapter", "check_files", "content_name", "read_adapter"]
+__all__ = ["Adapter", "LoraLayer", "base_shapes", "check_adapter", "check_files", "content_name", "read_adapter"]
 
 CONFIG, WEIGHTS, FRAME = "adapter_config.json", "adapter_model.safetensors", "frame.json"
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -77,7 +77,7 @@ def check_files(folder: Path) -> dict[str, tuple[int, int]]:
 def check_adapter(folder: Path, base: BaseModel) -> None:
     """Check that the files are whole and made for this base, without loading either. Raises `VersionError`."""
     layers = check_files(folder)
-    shapes = _base_shapes(base)
+    shapes = base_shapes(base)
     for layer, (fan_out, fan_in) in layers.items() if shapes is not None else ():
         assert shapes is not None
         expected = shapes.get(f"{layer}.weight")
@@ -185,7 +185,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _base_shapes(base: BaseModel) -> dict[str, tuple[int, ...]] | None:
+def base_shapes(base: BaseModel) -> dict[str, tuple[int, ...]] | None:
     """The shapes of a base model's weights, from its safetensors headers; None where it lies elsewhere (a hub id)."""
     if base.kind == "hub":
         return None

@@ -299,7 +299,10 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class SpendRow:
-    """Calls of one task, day, provider and model, by the state they ended in. ``cost`` counts held money as spent."""
+    """Calls of one task, day, provider and model, by the state they ended in. ``cost`` counts held money as spent.
+
+    A vendor's training is one too; its provider is named "... training".
+    """
 
     task: str
     day: str
@@ -309,3 +312,8 @@ class SpendRow:
     calls: int
     cost: Decimal
     usage: Usage
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether these calls brought answers, whose mean price says what a local answer saves."""
+        return self.state == "settled" and not self.provider.endswith(" training")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +73,8 @@ class TrainedAdapter:
     """What came out. ``name`` is the content hash of ``folder``; ``remote_model`` is set where a vendor keeps the
     weights.
 
+    ``cost`` is what a vendor bills for the training, in USD.
+
     ``recipe`` holds every choice that was made, ``toolchain`` the versions of what made them, ``left_out`` how many
     rows were longer than ``max_length``.
     """
@@ -88,6 +91,7 @@ class TrainedAdapter:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     toolchain: Mapping[str, str] = field(default_factory=dict)
     remote_model: str | None = None
+    cost: Decimal = Decimal(0)
 
 
 class Trainer(Protocol):
@@ -95,6 +99,9 @@ class Trainer(Protocol):
 
     def preflight(self, job: TrainingJob) -> None:
         """Fail within seconds, before anything is spent. Raises `TrainingError`, `MissingExtra`, `ConfigError`."""
+
+    def worst_case(self, job: TrainingJob) -> Decimal:
+        """What training may cost at most, in USD: 0 where nobody sends a bill. Raises `ConfigError`."""
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Train, or go on where a killed run stopped. Raises `TrainingError`; idempotent once it has returned."""

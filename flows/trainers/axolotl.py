@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from apprentice.local.skeleton import Skeleton
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.labelled import write_labelled
 from flows.trainers.peft import adopt, toolchain
+from flows.trainers.preflight import check_local
 from flows.trainers.recipe import Recipe, choose
 
 __all__ = ["AxolotlTrainer", "axolotl_config"]
@@ -73,10 +75,14 @@ class AxolotlTrainer:
         self._clock = clock
 
     def preflight(self, job: TrainingJob) -> None:
-        """The command and the base model. Raises `MissingExtra`, `ConfigError`."""
+        """The command, the base model, rows, disk, memory. Raises `MissingExtra`, `ConfigError`, `TrainingError`."""
         if shutil.which(self._command[0]) is None:
             raise MissingExtra(f"training with Axolotl (the command {self._command[0]!r})", "axolotl")
-        resolve_base_model(job.base_model, job.root, dequantise=False)
+        check_local(job, packages=("transformers",), what="training with Axolotl", extra="embedded")
+
+    def worst_case(self, job: TrainingJob) -> Decimal:
+        """Nothing: it is one's own machine."""
+        return Decimal(0)
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Run Axolotl to its end; called again after a kill, it goes on at its own last checkpoint."""

@@ -1,8 +1,7 @@
 """The trainer for those who let a vendor train: OpenAI's files and fine-tuning jobs.
 
 The vendor keeps the weights, so what is left here is a folder that says which model to ask for. A job that was
-started is found again by its metadata and never started twice: it costs money. Its price is reserved in the budget by
-whoever calls, from `estimate`, before the file is sent.
+started is found again by its metadata and never started twice: it costs money, which `flows.bill` reserves first.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,8 @@ class OpenAITrainer:
         self._poll_s, self._sleep, self._clock, self._cancelled = poll_s, sleep, clock, cancelled
 
     def preflight(self, job: TrainingJob) -> None:
-        """The key, the model's name and enough rows. Nothing is sent. Raises `ConfigError`, `TrainingError`."""
+        """The key, the price and enough rows. Nothing is sent. Raises `ConfigError`, `TrainingError`."""
+        _price(job)
         if not self._key:
             remedy = "Run: export OPENAI_API_KEY=..."
             raise ConfigError("environment", [Problem("OPENAI_API_KEY", "is not set.", remedy)])
@@ -79,12 +79,16 @@ class OpenAITrainer:
         if rows < _LEAST_ROWS:
             raise TrainingError(f"OpenAI trains on at least {_LEAST_ROWS} rows and task {job.task!r} has {rows}")
 
+    def worst_case(self, job: TrainingJob) -> Decimal:
+        """What the vendor may bill, by ``local.training.price``. Raises `ConfigError` where that is not set."""
+        rows = list(read_rows(job.dataset))
+        return estimate(rows, epochs=_epochs(job, rows), price_per_million=_price(job))
+
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Send the file, start the job and wait; a job of this very dataset that exists is waited for instead."""
         started = self._clock()
         rows = list(read_rows(job.dataset))
-        recipe = choose(job.settings, rows=len(rows), layers=1, on_gpu=True)
-        found = self._find(job) or self._start(job, rows, epochs=max(1, round(recipe.epochs)), seed=recipe.seed)
+        found = self._find(job) or self._start(job, rows)
         while found["status"] not in _ENDED:
             if self._cancelled():
                 self._call("POST", f"/fine_tuning/jobs/{found['id']}/cancel")
@@ -115,6 +119,7 @@ class OpenAITrainer:
             recipe={"job": found["id"], **(found.get("hyperparameters") or {})},
             toolchain={"vendor": "openai"},
             remote_model=model,
+            cost=int(found.get("trained_tokens") or 0) * _price(job) / 1_000_000,
         )
 
     def _find(self, job: TrainingJob) -> dict[str, Any] | None:
@@ -130,7 +135,7 @@ class OpenAITrainer:
                 return None
             after = f"&after={page['data'][-1]['id']}"
 
-    def _start(self, job: TrainingJob, rows: list[TrainingRow], *, epochs: int, seed: int) -> dict[str, Any]:
+    def _start(self, job: TrainingJob, rows: list[TrainingRow]) -> dict[str, Any]:
         content = "\n".join(chat_lines(rows)).encode() + b"\n"
         files = {"file": (f"{_identity(job)}.jsonl", content, "application/jsonl")}
         uploaded = self._call("POST", "/files", data={"purpose": "fine-tune"}, files=files)
@@ -140,10 +145,10 @@ class OpenAITrainer:
             json={
                 "model": job.base_model,
                 "training_file": uploaded["id"],
-                "seed": seed,
+                "seed": job.settings.seed,
                 "suffix": f"apprentice-{job.task}"[:64],
                 "metadata": {"apprentice_dataset": _identity(job)},
-                "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": _epochs(job, rows)}}},
             },
         )
 
@@ -166,6 +171,17 @@ class OpenAITrainer:
         if response.status_code >= 400:
             raise TrainingError(f"OpenAI refused {method} {path} with {response.status_code}: {response.text[:500]}")
         return dict(response.json())
+
+
+def _epochs(job: TrainingJob, rows: Sequence[TrainingRow]) -> int:
+    return max(1, round(choose(job.settings, rows=len(rows), layers=1, on_gpu=True).epochs))
+
+
+def _price(job: TrainingJob) -> Decimal:
+    if job.settings.price is None:
+        remedy = "Give the vendor's USD per million training tokens, so that the budget's caps hold for training too."
+        raise ConfigError("local.training.price", [Problem("local.training.price", "is not set.", remedy)])
+    return job.settings.price
 
 
 def _identity(job: TrainingJob) -> str:

@@ -8,7 +8,6 @@ of once an epoch (`Halves`). What it computes is otherwise what PEFT computes, a
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import random
@@ -17,16 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from apprentice.errors import MissingExtra, TrainingError
+from apprentice.errors import TrainingError
 from apprentice.local.adapter import content_name
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model, share_processors
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.encoding import encode
+from flows.trainers.preflight import check_local
 from flows.trainers.recipe import Recipe, choose
 
 __all__ = ["PeftTrainer", "adopt", "save_adapter", "toolchain", "with_lora"]
@@ -40,15 +41,13 @@ class PeftTrainer:
         self._clock = clock
 
     def preflight(self, job: TrainingJob) -> None:
-        """Packages, base model, disk. Raises `MissingExtra`, `ConfigError`, `TrainingError`."""
-        for package in ("torch", "transformers", "peft", "safetensors"):
-            if importlib.util.find_spec(package) is None:
-                raise MissingExtra(f"training with PEFT ({package})", "embedded")
-        resolve_base_model(job.base_model, job.root, dequantise=False)
-        job.adapters.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(job.adapters).free
-        if free < 1 << 30:
-            raise TrainingError(f"{job.adapters} has {free >> 20} MB free; a training run needs 1024: make room")
+        """Packages, base model, rows, disk, memory. Raises `MissingExtra`, `ConfigError`, `TrainingError`."""
+        packages = ("torch", "transformers", "peft", "safetensors")
+        check_local(job, packages=packages, what="training with PEFT", extra="embedded")
+
+    def worst_case(self, job: TrainingJob) -> Decimal:
+        """Nothing: it is one's own machine."""
+        return Decimal(0)
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Train, or go on at the last checkpoint. Raises `TrainingError` where there is nothing to learn from."""

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.peft import adopt, save_adapter, toolchain
+from flows.trainers.preflight import check_local
 from flows.trainers.recipe import choose
 
 __all__ = ["UnslothTrainer"]
@@ -30,14 +32,21 @@ class UnslothTrainer:
         self._clock = clock
 
     def preflight(self, job: TrainingJob) -> None:
-        """The package, a GPU and the base model. Raises `MissingExtra`, `TrainingError`, `ConfigError`."""
+        """The package, a GPU, the base model, rows, disk, memory.
+
+        Raises `MissingExtra`, `TrainingError`, `ConfigError`.
+        """
         if importlib.util.find_spec("unsloth") is None:
             raise MissingExtra("training with Unsloth", "unsloth")
         import torch
 
         if not torch.cuda.is_available():
             raise TrainingError("Unsloth needs a GPU and found none; set local.fine_tune_backend to huggingface")
-        resolve_base_model(job.base_model, job.root, dequantise=False)
+        check_local(job, packages=("transformers", "peft"), what="training with Unsloth", extra="unsloth")
+
+    def worst_case(self, job: TrainingJob) -> Decimal:
+        """Nothing: it is one's own machine."""
+        return Decimal(0)
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Train, resuming at the last checkpoint in ``job.work``."""

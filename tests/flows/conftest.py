@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,13 @@ class RoteTrainer:
         self.skills = [0.9]
         self.failures: list[Exception] = []
         self.trained: list[TrainingJob] = []
+        self.bill = Decimal(0)
 
     def preflight(self, job: TrainingJob) -> None:
         job.adapters.mkdir(parents=True, exist_ok=True)
+
+    def worst_case(self, job: TrainingJob) -> Decimal:
+        return self.bill * 2
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         if self.failures:
@@ -96,7 +101,8 @@ class RoteTrainer:
         (folder / "adapter_model.safetensors").write_text(json.dumps({"skill": skill}))
         progress(Progress(1, 2, 0.7, 10, 0.5))
         progress(Progress(2, 2, 0.5, 20, 1.0))
-        return TrainedAdapter(name, folder, "rote", len(rows), 0, 2, 20, 1.0, 0.5, {"lora_rank": 4}, {"rote": "1"})
+        recipe, toolchain = {"lora_rank": 4}, {"rote": "1"}
+        return TrainedAdapter(name, folder, "rote", len(rows), 0, 2, 20, 1.0, 0.5, recipe, toolchain, cost=self.bill)
 
 
 class Home:

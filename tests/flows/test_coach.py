@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,35 @@ def test_an_error_that_cannot_heal_is_tried_once(home: Any, trainer: Any) -> Non
     assert (result.version, result.promoted) == (None, False)
     assert "make room" in result.reason
     assert not trainer.trained
+
+
+def test_a_vendors_training_is_paid_for_once(make_home: Any, trainer: Any) -> None:
+    """Reserved before, settled to the bill after, also where the run was resumed; no answer's mean price changes."""
+    import httpx
+
+    home = make_home(budget={"daily": 1})
+    home.teach(60)
+    trainer.bill = Decimal("0.30")
+    trainer.failures = [httpx.ConnectError("the vendor is away")]
+    with pytest.raises(TrainingError, match="the run is kept"):
+        _coach(home)
+    (row,) = home.store.spend()
+    assert (row.provider, row.state, row.cost) == ("huggingface training", "reserved", Decimal("0.60"))
+    assert _coach(home).promoted
+    (row,) = home.store.spend()
+    assert (row.state, row.calls, row.cost, row.is_answered) == ("settled", 1, Decimal("0.30"), False)
+
+
+def test_training_that_no_cap_has_room_for_is_not_begun(make_home: Any, trainer: Any) -> None:
+    """The run ends with the cap's name, nothing is sent, and an alert tells."""
+    home = make_home(budget={"daily": 1})
+    home.teach(60)
+    trainer.bill = Decimal("0.51")
+    result = _coach(home)
+    assert (result.promoted, trainer.trained) == (False, [])
+    assert "daily" in result.reason
+    assert {e.kind for e in home.store.events()} >= {"budget_exhausted", "training_failed"}
+    assert home.store.spend() == []
 
 
 def test_an_outage_keeps_the_run(home: Any, trainer: Any) -> None:

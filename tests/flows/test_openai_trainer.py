@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def job(tmp_path: Path) -> TrainingJob:
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     schema = parse_schema({"mood": "glad | sad"})
     folders = (tmp_path, tmp_path / "work", tmp_path / "adapters")
-    return TrainingJob("mood", path, schema, "gpt-4.1-nano-2025-04-14", *folders, TrainingSettings())
+    return TrainingJob("mood", path, schema, "gpt-4.1-nano-2025-04-14", *folders, TrainingSettings(price=Decimal(25)))
 
 
 def _trainer(api: FineTuningApi, **options: Any) -> OpenAITrainer:
@@ -118,6 +119,8 @@ def test_a_job_is_started_followed_and_finished(api: FineTuningApi, job: Trainin
     assert (heard[-1].step, heard[-1].steps, heard[-1].loss) == (20, 30, 0.4)
     assert trained.remote_model == "ft:gpt-4.1-nano-2025-04-14:org:apprentice-mood:ftjob-0"
     assert (trained.tokens, trained.trained_on) == (4321, 12)
+    assert trained.cost == Decimal("0.108025")  # 4,321 tokens at $25 a million
+    assert Decimal(0) < trainer.worst_case(job) < Decimal(1)
     assert json.loads((trained.folder / "remote_model.json").read_text())["job"] == "ftjob-0"
 
 
@@ -159,6 +162,8 @@ def test_an_overloaded_vendor_is_an_outage_and_a_wrong_key_is_not(api: FineTunin
 
 def test_preflight_names_what_is_missing(api: FineTuningApi, job: TrainingJob) -> None:
     """No key and too few rows are found before anything is sent."""
+    with pytest.raises(ConfigError, match=r"local\.training\.price"):
+        _trainer(api).preflight(replace(job, settings=TrainingSettings()))
     with pytest.raises(ConfigError, match="export OPENAI_API_KEY"):
         OpenAITrainer(api_key="").preflight(job)
     job.dataset.write_text(job.dataset.read_text().splitlines()[1] + "\n")

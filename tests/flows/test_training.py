@@ -184,3 +184,26 @@ def test_the_recipe_fits_the_data(rows: int) -> None:
     assert max(rates) == pytest.approx(recipe.learning_rate)
     assert 0 < rates[-1] < 0.2 * recipe.learning_rate
     assert dataclasses.replace(recipe, epochs=recipe.epochs + 1).steps(rows) > steps
+
+
+def test_preflight_finds_what_training_would_fail_of(
+    job: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too little memory, a full disk and nothing to learn from, each within seconds and with its remedy."""
+    import psutil
+
+    trainer = PeftTrainer()
+    trainer.preflight(job())
+    little = psutil.virtual_memory()._replace(available=500 << 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil, "virtual_memory", lambda: little)
+        with pytest.raises(TrainingError, match=r"needs about 1\d+ MB of memory and 500 MB are free; stop"):
+            trainer.preflight(job())
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 7 << 20}))
+        with pytest.raises(TrainingError, match=r"has 7 MB free.*make room"):
+            trainer.preflight(job())
+    empty = job()
+    empty.dataset.write_text("")
+    with pytest.raises(TrainingError, match="has 0 rows to train on"):
+        trainer.preflight(empty)
