@@ -230,6 +230,7 @@ class TrainingSettings(_Section):
     )
     max_held_out: int = Field(2000, ge=20, description="held-out examples the gate answers, the newest first")
     seed: int = Field(0, description="of everything random in training")
+    processes: int | None = Field(None, ge=1, description="that share each batch; by default one for each GPU")
     price: Money | None = Field(None, description="USD per million training tokens, where a vendor trains (openai)")
 
 

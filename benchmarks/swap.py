@@ -4,9 +4,9 @@
 
 Sixteen callers ask without a pause while the champion goes back and forth between two versions of the ISEAR task, each
 way a whole swap: load beside, probe, switch, drain, unload. Half a minute without swaps comes first, to compare with.
-Every answer is held against what both versions said of that input before, alone: one that is nearer to the version
-that it does not name mixes versions. Only inputs of which both are sure, and which they answer differently or with
-clearly different confidence, are asked.
+Every fourth input is one that both versions have answered before, alone: an answer that is nearer to the version that
+it does not name mixes versions. These are inputs of which both are sure, and which they answer differently or with
+clearly different confidence. The others are asked once each, as in life: no server has them in its prompt cache.
 
 Without ``--adapters`` two are trained first. vllm needs a running server (``--url``) that can load adapters.
 """
@@ -14,13 +14,14 @@ Without ``--adapters`` two are trained first. vllm needs a running server (``--u
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from benchmarks.engines import SCHEMA, Row, answers_of, isear_rows, train_on
 TASK = "emotion"
 CALLERS = 16
 _PROBES = 24
+_KNOWN = 0.25
 _CLEAR, _SURE = 0.10, 0.55
 """Difference of confidence by which an answer tells which version gave it, and confidence above which rounding does not
 decide what it is."""
@@ -47,6 +49,7 @@ class Heard:
 
     took: list[tuple[float, float]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    compared: int = 0
     mixed: list[str] = field(default_factory=list)
     answered_by: dict[str, int] = field(default_factory=dict)
 
@@ -84,8 +87,9 @@ def _measure(
         raise SystemExit(f"{name}: the first version did not come to serve: {alerts}")
     engine.unload(versions[1].name)
     heard, stop = Heard(), threading.Event()
+    fresh = itertools.cycle([value for value, _ in rows[options.asked :]])
     callers = [
-        threading.Thread(target=_call, args=(switch, asked, expected, heard, stop, n), daemon=True)
+        threading.Thread(target=_call, args=(switch, asked, fresh, expected, heard, stop, n), daemon=True)
         for n in range(CALLERS)
     ]
     for caller in callers:
@@ -132,6 +136,7 @@ def _prepare(
 def _call(
     switch: Switch,
     asked: Sequence[Mapping[str, Any]],
+    fresh: Iterator[Mapping[str, Any]],
     expected: Mapping[str, Sequence[LocalAnswer]],
     heard: Heard,
     stop: threading.Event,
@@ -139,18 +144,20 @@ def _call(
 ) -> None:
     draw = random.Random(seed)
     while not stop.is_set():
-        i = draw.randrange(len(asked))
+        i = draw.randrange(len(asked)) if draw.random() < _KNOWN else None
         began = time.monotonic()
         try:
-            answer = switch.answer(TASK, asked[i], 60.0)
+            answer = switch.answer(TASK, asked[i] if i is not None else next(fresh), 60.0)
         except Exception as error:  # noqa: BLE001  # any failure is what this looks for
             heard.failures.append(repr(error))
             continue
         heard.took.append((began, time.monotonic() - began))
-        own = expected[answer.version][i]
-        other = next(answers[i] for name, answers in expected.items() if name != answer.version)
-        if _distance(answer, other) < _distance(answer, own):
-            heard.mixed.append(f"{answer.version}: {answer.output} {answer.confidence:.3f}, alone {own}")
+        if i is not None:
+            heard.compared += 1
+            own = expected[answer.version][i]
+            other = next(answers[i] for name, answers in expected.items() if name != answer.version)
+            if _distance(answer, other) < _distance(answer, own):
+                heard.mixed.append(f"{answer.version}: {answer.output} {answer.confidence:.3f}, alone {own}")
         heard.answered_by[answer.version] = heard.answered_by.get(answer.version, 0) + 1
 
 
@@ -189,8 +196,9 @@ def _print(name: str, heard: Heard, swaps: Sequence[tuple[float, float]], alerts
     inside, calm = _p99(during), _p99(outside)
     lengths = sorted(end - start for start, end in swaps)
     print(
-        f"{name:10} {len(heard.took)} answered, {len(heard.failures)} failed, {len(heard.mixed)} mixed, "
-        f"{len(alerts)} alerts; swaps of {lengths[0]:.2f} to {lengths[-1]:.2f} s\n"
+        f"{name:10} {len(heard.took)} answered, {len(heard.failures)} failed, "
+        f"{len(heard.mixed)} of {heard.compared} mixed, {len(alerts)} alerts; "
+        f"swaps of {lengths[0]:.2f} to {lengths[-1]:.2f} s\n"
         f"{'':10} p99 {calm:.2f} s outside ({len(outside)}), {inside:.2f} s during ({len(during)}): "
         f"{inside / calm:.2f} x; answers by version {sorted(heard.answered_by.values())}",
         flush=True,

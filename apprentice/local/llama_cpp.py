@@ -1,4 +1,4 @@
-"""llama.cpp's server: one that runs already (``local.url``), or started in this process from the wheel ``xllamacpp``.
+"""llama.cpp's server: one that runs already (``local.url``), or started here from the wheel ``xllamacpp``.
 
 Versions are GGUF LoRAs over the very GGUF that training dequantised. llama.cpp reads adapters when it starts, so a new
 version is a new server beside the old one (the base is mapped into memory once), and the old one goes when its answers
@@ -8,8 +8,14 @@ files are written when a version is loaded, and the error says where.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
 import math
+import os
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +27,7 @@ from typing import Any
 import httpx
 
 from apprentice.errors import ConfigError, EngineUnavailable, MissingExtra, Problem, VersionError
+from apprentice.local import llama_server
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import BaseModel, resolve_base_model
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
@@ -38,6 +45,7 @@ _CONTEXT = 8192
 _OUT_OF_REACH = 1000.0
 _CALM_S = 600.0
 """For work that nobody waits for: loading, validation."""
+_PARTING_S = 5.0
 
 
 class _Completer:
@@ -97,13 +105,13 @@ class _Completer:
 
 @dataclass(eq=False)
 class _Served:
-    """A version and the server that answers for it. ``process`` keeps one started here alive."""
+    """A version and the server that answers for it, with its process where it was started here."""
 
     framed: Framed
     completer: _Completer
     client: httpx.Client
     bytes: int | None
-    process: Any = None
+    process: subprocess.Popen[str] | None = None
     in_flight: int = 0
     leaving: bool = False
 
@@ -229,33 +237,22 @@ class LlamaCppEngine:
         return Frame.of_tokenizer(load_tokenizer(resolve_base_model(base.name, self._root)))
 
     def _bring_up(self, version: Version, frame: Frame, base: BaseModel, lora: Path | None) -> _Served:
-        try:
-            import xllamacpp  # type: ignore[import-untyped]
-        except ImportError:
-            raise MissingExtra("llama.cpp in this process", "llama_cpp") from None
-        params = xllamacpp.CommonParams()
-        params.model.path = str(_gguf(base))
-        params.n_parallel, params.n_ctx, params.kv_unified = _SLOTS, _CONTEXT, True
-        params.warmup = False
-        params.verbosity = -1
-        # Threads that spin while they wait would take the processor from the version that serves during a swap.
-        params.cpuparams.poll = params.cpuparams_batch.poll = 0
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingExtra("llama.cpp on this machine", "llama_cpp")
         # It listens on this machine's loopback, where web pages can reach it too: only this process knows the key.
         key = secrets.token_urlsafe(24)
-        params.api_keys = [key]
-        if self._threads is not None:
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
-        if lora is not None:
-            adapter = xllamacpp.CommonAdapterLoraInfo()
-            adapter.path, adapter.scale = str(lora), 1.0
-            params.lora_adapters = [adapter]
-        try:
-            process = xllamacpp.Server(params)
-        except (RuntimeError, MemoryError, ValueError) as error:
-            raise VersionError(
-                f"llama.cpp cannot start with version {version.name} ({error}); check the files and the free memory"
-            ) from error
-        client = _client(process.listening_address, key)
+        process, address = _start(
+            {
+                "model": str(_gguf(base)),
+                "lora": str(lora) if lora is not None else None,
+                "slots": _SLOTS,
+                "context": _CONTEXT,
+                "threads": self._threads,
+                "key": key,
+            },
+            version.name,
+        )
+        client = _client(address, key)
         loras = [{"id": 0, "scale": 1.0}] if lora is not None else []
         completer = _Completer(client, loras)
         framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
@@ -308,6 +305,54 @@ def _is_well(client: httpx.Client) -> bool:
         return False
 
 
+def _start(wanted: Mapping[str, Any], version: str) -> tuple[subprocess.Popen[str], str]:
+    """A server's process and its address. Raises `VersionError`."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(llama_server.__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # llama.cpp computes with OpenMP. Two servers whose threads spin while they wait for each other, on the same
+        # cores, get a fifth of the work done (measured during swaps).
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+        start_new_session=True,  # an interrupt at the keyboard is this process's to handle
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    too_long = threading.Timer(_CALM_S, process.kill)
+    too_long.start()
+    try:
+        process.stdin.write(json.dumps(wanted) + "\n")
+        process.stdin.flush()
+        told = json.loads(process.stdout.readline() or "{}")
+    except (OSError, ValueError):
+        told = {}
+    finally:
+        too_long.cancel()
+    if "address" not in told:
+        _end(process)
+        why = told.get("error") or f"its process ended with {process.returncode}"
+        raise VersionError(
+            f"llama.cpp cannot start with version {version} ({why}); check the files and the free memory"
+        )
+    return process, told["address"]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(_PARTING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+
+
 def _stop(served: _Served) -> None:
     served.client.close()
-    served.process = None
+    if served.process is not None:
+        _end(served.process)

@@ -26,7 +26,7 @@ from apprentice.local.adapter import CONFIG, WEIGHTS, check_files
 from apprentice.local.drained import Drained
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
-from apprentice.local.served import ask_all, post
+from apprentice.local.served import Courtesy, post
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
 from apprentice.prompts import compact_prompt
@@ -65,6 +65,7 @@ class OllamaEngine:
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
         self._client = httpx.Client(base_url=self._url, limits=limits, transport=transport)
         self._versions: Drained[_Loaded] = Drained("ollama")
+        self._courtesy = Courtesy(_AT_ONCE)
 
     def load(self, version: Version) -> None:
         """Create the version's model, unless the server has it."""
@@ -87,7 +88,10 @@ class OllamaEngine:
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
         """Answer one input."""
-        ends_at = time.monotonic() + deadline_s
+        with self._courtesy.caller():
+            return self._answer(version, value, time.monotonic() + deadline_s)
+
+    def _answer(self, version: str, value: Mapping[str, Any], ends_at: float) -> LocalAnswer:
         with self._versions.using(version) as held:
             body = {
                 "model": held.model,
@@ -107,8 +111,8 @@ class OllamaEngine:
         return self._read(held, reply)
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
-        """Several at once; how many it runs in parallel is the server's setting."""
-        return ask_all(lambda value: self.answer(version, value, deadline_s=_CALM_S), values, _AT_ONCE)
+        """Several at once, few while callers wait; how many it runs in parallel is the server's setting."""
+        return self._courtesy.ask_all(lambda value: self._answer(version, value, time.monotonic() + _CALM_S), values)
 
     def unload(self, version: str) -> None:
         """Delete the version's model once its answers are out."""

@@ -8,9 +8,11 @@ one request cheap.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +25,7 @@ from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Free, Skeleton
 from apprentice.prompts import compact_prompt
 
-__all__ = ["Completer", "Framed", "Written", "answer_by", "ask_all", "post"]
+__all__ = ["Completer", "Courtesy", "Framed", "Written", "answer_by", "ask_all", "post"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,50 @@ def ask_all(
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="apprentice-local") as threads:
         return list(threads.map(one, values))
+
+
+class Courtesy:
+    """Lets bulk work (validation, probes) on a server step back while callers wait for the same server.
+
+    It sends ``at_once`` requests at once, and a sixteenth of that while there are others: sixteen callers then share
+    the server with at most a few more, and what they wait for grows by no more than that.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        self._few = max(1, at_once // 16)
+        self._changed = threading.Condition()
+        self._waited_for = self._bulk = 0
+
+    @contextmanager
+    def caller(self) -> Iterator[None]:
+        """While somebody waits for an answer."""
+        with self._changed:
+            self._waited_for += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waited_for -= 1
+                self._changed.notify_all()
+
+    def ask_all(
+        self, ask: Callable[[Mapping[str, Any]], LocalAnswer], values: Sequence[Mapping[str, Any]]
+    ) -> list[LocalAnswer | Exception]:
+        """`ask_all`, with as many at once as courtesy allows."""
+
+        def one(value: Mapping[str, Any]) -> LocalAnswer:
+            with self._changed:
+                self._changed.wait_for(lambda: self._bulk < (self._few if self._waited_for else self._at_once))
+                self._bulk += 1
+            try:
+                return ask(value)
+            finally:
+                with self._changed:
+                    self._bulk -= 1
+                    self._changed.notify_all()
+
+        return ask_all(one, values, self._at_once)
 
 
 def post(client: httpx.Client, who: str, path: str, body: Mapping[str, Any], ends_at: float) -> Any:

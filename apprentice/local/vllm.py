@@ -25,7 +25,7 @@ from apprentice.local.drained import Drained
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.grammar import gbnf
-from apprentice.local.served import Framed, Written, answer_by, ask_all, post
+from apprentice.local.served import Courtesy, Framed, Written, answer_by, post
 from apprentice.local.skeleton import Free
 
 __all__ = ["VllmEngine"]
@@ -125,6 +125,7 @@ class VllmEngine:
         limits = httpx.Limits(max_connections=2 * _AT_ONCE, max_keepalive_connections=_AT_ONCE)
         self._client = httpx.Client(base_url=self._url, limits=limits, transport=transport)
         self._versions: Drained[_Loaded] = Drained("vllm")
+        self._courtesy = Courtesy(_AT_ONCE)
 
     def load(self, version: Version) -> None:
         """Load the adapter into the server, unless the server has it."""
@@ -145,13 +146,16 @@ class VllmEngine:
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
         """Answer one input."""
-        ends_at = time.monotonic() + deadline_s
-        with self._versions.using(version) as loaded:
-            return answer_by(loaded.completer, loaded.framed, value, self._max_new_tokens, ends_at)
+        with self._courtesy.caller():
+            return self._answer(version, value, time.monotonic() + deadline_s)
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
-        """Many at once: the server batches them."""
-        return ask_all(lambda value: self.answer(version, value, deadline_s=_CALM_S), values, _AT_ONCE)
+        """Many at once, since the server batches them; few while callers wait."""
+        return self._courtesy.ask_all(lambda value: self._answer(version, value, time.monotonic() + _CALM_S), values)
+
+    def _answer(self, version: str, value: Mapping[str, Any], ends_at: float) -> LocalAnswer:
+        with self._versions.using(version) as loaded:
+            return answer_by(loaded.completer, loaded.framed, value, self._max_new_tokens, ends_at)
 
     def unload(self, version: str) -> None:
         """Have the server let go of the adapter once its answers are out."""

@@ -12,6 +12,7 @@ import torch
 
 from flows.trainers import Progress
 from flows.trainers.batches import bucketed, padding
+from flows.trainers.crew import Crew
 from flows.trainers.encoding import TokenRow
 from flows.trainers.halves import Halves
 from flows.trainers.recipe import Recipe
@@ -84,7 +85,7 @@ class Checkpoint:
 
 
 class Loop:
-    """Trains the adapters of ``lora`` (a PEFT model around ``model``) on ``rows``."""
+    """Trains the adapters of ``lora`` (a PEFT model around ``model``) on ``rows``, one process of ``crew``."""
 
     def __init__(
         self,
@@ -95,7 +96,9 @@ class Loop:
         model: Any,
         progress: Callable[[Progress], None],
         clock: Callable[[], float],
+        crew: Crew,
     ) -> None:
+        self._crew = crew
         self._recipe, self._rows, self._validation = recipe, rows, validation
         self._lengths = [len(row.tokens) for row in rows]
         self._progress, self._clock = progress, clock
@@ -137,7 +140,7 @@ class Loop:
                 losses.clear()
                 elapsed_s = self._clock() - started
                 self._progress(Progress(state.step, steps, loss, state.tokens, elapsed_s, validation_loss))
-            if over or self._clock() - saved_at > _CHECKPOINT_S:
+            if self._crew.rank == 0 and (over or self._clock() - saved_at > _CHECKPOINT_S):
                 checkpoint.save(state, self._weights, self._optimiser)
                 saved_at = self._clock()
         if state.best_weights:
@@ -150,18 +153,23 @@ class Loop:
     def _step(self, rows: Sequence[TokenRow], rate: float) -> float:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        loss = self._loss(rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        mine = rows[self._crew.rank :: self._crew.size]
+        loss = 0.0
+        if mine:
+            part = self._loss(mine) / sum(len(row.targets) for row in rows)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss = float(part.detach())
+        self._crew.sum_gradients(self._weights)
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return self._crew.sum(loss)
 
     def _loss(self, rows: Sequence[TokenRow]) -> torch.Tensor:
-        """Mean cross-entropy over the tokens that the answers decide."""
+        """Cross-entropy, summed over the tokens that the answers decide."""
         logits = self._halves.logits(rows, self._below(rows) if self._halves.is_cut else None)
         targets = torch.tensor([token for row in rows for token in row.targets], device=logits.device)
-        return torch.nn.functional.cross_entropy(logits.float(), targets)
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _below(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
         """The lower half's output for each row."""
@@ -185,7 +193,7 @@ class Loop:
         total, count = 0.0, 0
         for start in range(0, len(order), _LOWER_BATCH):
             rows = order[start : start + _LOWER_BATCH]
-            decided = sum(len(row.targets) for row in rows)
-            total += float(self._loss(rows)) * decided
-            count += decided
-        return total / count
+            total += float(self._loss(rows))
+            count += sum(len(row.targets) for row in rows)
+        # The mean of what all found: rounding must not have one process stop and another go on.
+        return self._crew.sum(total / count) / self._crew.size

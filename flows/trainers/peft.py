@@ -26,6 +26,7 @@ from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_m
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
+from flows.trainers.crew import Alone, Crew, train_together
 from flows.trainers.encoding import encode
 from flows.trainers.preflight import check_local
 from flows.trainers.recipe import Recipe, choose
@@ -54,12 +55,23 @@ class PeftTrainer:
         share_processors()
         import torch
 
+        processes = job.settings.processes or max(1, torch.cuda.device_count())
+        if processes > 1:
+            return train_together(job, processes, progress, every_layer=self._every_layer)
+        trained = self.train_part(job, progress, Alone())
+        assert trained is not None
+        return trained
+
+    def train_part(self, job: TrainingJob, progress: Callable[[Progress], None], crew: Crew) -> TrainedAdapter | None:
+        """What one process of a crew does; None from all but the first, which keeps checkpoints and the adapter."""
+        import torch
+
         # These two need torch, which is imported when something trains.
         from flows.trainers.loop import Checkpoint, Loop
 
         started = self._clock()
         base = resolve_base_model(job.base_model, job.root)
-        model, tokenizer = load_model_and_tokenizer(base)
+        model, tokenizer = load_model_and_tokenizer(base, device=crew.device)
         frame = Frame.of_tokenizer(tokenizer)
         rows = list(read_rows(job.dataset))
         skeleton = Skeleton.of(job.output_schema)
@@ -82,8 +94,10 @@ class PeftTrainer:
             )
         torch.manual_seed(recipe.seed)
         lora = with_lora(model, recipe, base.name)
-        loop = Loop(recipe, encoded, validation, lora, model, progress, self._clock)
+        loop = Loop(recipe, encoded, validation, lora, model, progress, self._clock, crew)
         outcome = loop.run(Checkpoint(_made(job.work) / "checkpoint.pt", job.dataset.name, recipe))
+        if crew.rank > 0:
+            return None
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=_made(job.adapters)) as folder:
             save_adapter(lora, Path(folder), base.name)
             frame.save(Path(folder))
@@ -98,7 +112,12 @@ class PeftTrainer:
             tokens=outcome.tokens,
             wall_s=self._clock() - started,
             loss=outcome.loss,
-            recipe={**recipe.as_dict(), "padding": round(outcome.padding, 4), "stopped_early": outcome.stopped_early},
+            recipe={
+                **recipe.as_dict(),
+                "padding": round(outcome.padding, 4),
+                "stopped_early": outcome.stopped_early,
+                "processes": crew.size,
+            },
             toolchain=toolchain("torch", "transformers", "peft", "safetensors"),
         )
 

@@ -13,6 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from apprentice.config import TrainingSettings  # noqa: E402  # after importorskip
 from apprentice.errors import TrainingError  # noqa: E402
 from apprentice.local.adapter import content_name  # noqa: E402
@@ -184,6 +186,36 @@ def test_the_recipe_fits_the_data(rows: int) -> None:
     assert max(rates) == pytest.approx(recipe.learning_rate)
     assert 0 < rates[-1] < 0.2 * recipe.learning_rate
     assert dataclasses.replace(recipe, epochs=recipe.epochs + 1).steps(rows) > steps
+
+
+@pytest.mark.timeout(300)
+def test_processes_together_learn_what_one_learns(job: Callable[..., TrainingJob]) -> None:
+    """Two processes, each with half of every batch, end with one process's weights up to rounding."""
+    alone = PeftTrainer().train(job("alone", seed=3), lambda _: None)
+    heard: list[Progress] = []
+    together = PeftTrainer().train(job("together", seed=3, processes=2, batch_size=8), heard.append)
+    assert (together.steps, together.recipe["processes"]) == (alone.steps, 2)
+    assert (heard[-1].step, heard[-1].fraction) == (alone.steps, 1.0)
+    assert heard[-1].loss == pytest.approx(alone.loss, rel=1e-3)
+    one, two = (load_file(v.folder / "adapter_model.safetensors") for v in (alone, together))
+    assert one.keys() == two.keys()
+    # What was learnt: B begins at zero. Where a gradient is nearly nothing, Adam makes rounding visible.
+    learnt = [name for name in one if "lora_B" in name]
+    apart = sum(float((one[name] - two[name]).square().sum()) for name in learnt)
+    assert apart < 0.02**2 * sum(float(one[name].square().sum()) for name in learnt)
+
+
+@pytest.mark.timeout(300)
+def test_an_error_in_one_process_is_told_as_it_is(job: Callable[..., TrainingJob]) -> None:
+    """Nothing to train on says so with its remedy, and not that a process ended with 1."""
+    with pytest.raises(TrainingError, match=r"max_length \(32 tokens\); raise it"):
+        PeftTrainer().train(_too_long(job(processes=2, max_length=32)), lambda _: None)
+
+
+def _too_long(work: TrainingJob) -> TrainingJob:
+    row = {"id": "1", "input": {"text": "again " * 200}, "output": {"mood": "glad", "urgent": True}}
+    work.dataset.write_text(json.dumps(row) + "\n")
+    return work
 
 
 def test_preflight_finds_what_training_would_fail_of(

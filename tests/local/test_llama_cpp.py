@@ -1,4 +1,4 @@
-"""llama.cpp's real server, in this process, on a model small enough to train here."""
+"""llama.cpp's real server, in processes of its own, on a model small enough to train here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apprentice.errors import ConfigError, OutputError, VersionError
+from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.gguf_file import read_gguf_header
@@ -95,6 +95,35 @@ def test_a_corrupt_gguf_never_reaches_llama_cpp(tiny_folder: Path, tmp_path: Pat
         with pytest.raises(VersionError, match="fetch it again"):
             engine.load(version)
         engine.close()
+
+
+def test_a_server_that_dies_is_brought_up_again(engine: LlamaCppEngine, train: Train) -> None:
+    """Its crash is not the application's: it is unavailable, its health says so, and loading it again heals it."""
+    version = train("emotion", EMOTION, EMOTIONS)
+    engine.load(version)
+    value, output = EMOTIONS[0]
+    assert engine.answer(version.name, value, deadline_s=30).output == output
+    process = engine._served[version.name].process
+    assert process is not None
+    process.kill()
+    process.wait()
+    with pytest.raises(EngineUnavailable, match="does not answer"):
+        engine.answer(version.name, value, deadline_s=5)
+    assert not engine.health().ok
+    engine.load(version)
+    assert engine.health().ok
+    assert engine.answer(version.name, value, deadline_s=30).output == output
+
+
+def test_what_llama_cpp_refuses_is_a_version_error(
+    engine: LlamaCppEngine, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, say: the error names the version, and no process is left behind."""
+    version = train("emotion", EMOTION, EMOTIONS)
+    monkeypatch.setattr("apprentice.local.llama_cpp._CONTEXT", -5)
+    with pytest.raises(VersionError, match=f"cannot start with version {version.name}"):
+        engine.load(version)
+    assert engine.loaded() == []
 
 
 def test_a_base_without_a_gguf_is_a_config_error(tiny_folder: Path, tmp_path: Path) -> None:
