@@ -193,6 +193,13 @@ def test_a_call_holds_for_the_next() -> None:
     assert [(row.state, row.calls) for row in store.spend()] == [("settled", 2)]  # what never was leaves no row
     (cap,) = budget.remaining()
     assert (cap.spent, cap.reserved) == (dollars("0.20"), Decimal(0))
+    # Ending it again changes nothing, also where the row's number has another call by now.
+    clock.now += 1
+    other = budget.reserve("a", "p", "m", dollars("0.50"), "r")
+    budget.release(third)
+    assert budget.remaining()[0].reserved == dollars("0.50")
+    budget.release(other)
+    assert budget.remaining()[0].reserved == Decimal(0)
 
 
 def test_nothing_is_held_ahead_of_a_cap_that_is_nearly_full(store: Store) -> None:

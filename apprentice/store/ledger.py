@@ -62,7 +62,10 @@ _end_call = (
     )
 )
 
-_forget_call = delete(calls).where(calls.c.seq == bindparam("b_seq"), calls.c.state == "reserved")
+# With its moment: SQLite gives the number of a row that was deleted to the next one.
+_forget_call = delete(calls).where(
+    calls.c.seq == bindparam("b_seq"), calls.c.created_at == bindparam("b_at"), calls.c.state == "reserved"
+)
 
 _held = case((calls.c.state == "reserved", calls.c.worst_case), else_=calls.c.cost)
 _state = case(
@@ -232,9 +235,10 @@ def end_calls(
 def _end(tx: Transaction, s: Settlement, cost: int, at: float) -> bool:
     """Write down a call's end; False where it had ended before. One that nobody came to make leaves no row."""
     if s.state == "released" and not s.reservation.request_id:
-        return tx.run(_forget_call, {"b_seq": s.reservation.id}).rowcount == 1
+        values = {"b_seq": s.reservation.id, "b_at": s.reservation.created_at}
+        return tx.run(_forget_call, values).rowcount == 1
     u = s.usage
-    values = {
+    ended = {
         "b_seq": s.reservation.id,
         "b_state": s.state,
         "b_request_id": s.reservation.request_id,
@@ -246,7 +250,7 @@ def _end(tx: Transaction, s: Settlement, cost: int, at: float) -> bool:
         "b_reasoning": u.reasoning,
         "b_at": at,
     }
-    return tx.run(_end_call, values).rowcount == 1
+    return tx.run(_end_call, ended).rowcount == 1
 
 
 def _end_in_windows(
