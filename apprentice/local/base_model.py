@@ -202,7 +202,10 @@ def load_model_and_tokenizer(base: BaseModel, *, device: str | None = None, dtyp
 
 
 def _unloadable(base: BaseModel, error: BaseException) -> VersionError:
-    remedy = "check the network and the id" if base.kind == "hub" else "delete the folder and fetch it again"
+    if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        remedy = "free some memory, or name a smaller local.base_model"
+    else:
+        remedy = "check the network and the id" if base.kind == "hub" else "delete the folder and fetch it again"
     return VersionError(f"the base model {base.name} at {base.path} cannot be loaded ({error}); {remedy}")
 
 

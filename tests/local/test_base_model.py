@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,3 +92,32 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "torch", sys)
     share_processors()
     assert "OMP_WAIT_POLICY" not in os.environ
+
+
+_LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+import transformers.models.llama.modeling_llama
+from apprentice.errors import VersionError
+from apprentice.local.base_model import SMOLLM2, load_tokenizer, resolve_base_model
+from apprentice.local.embedded import EmbeddedEngine
+from apprentice.local.engine import Version
+from apprentice.schema import parse_schema
+
+load_tokenizer(resolve_base_model(SMOLLM2, Path()))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), -1))
+try:
+    EmbeddedEngine(SMOLLM2, Path()).load(Version("base", "t", None, parse_schema({"a": "x | y"})))
+except VersionError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_model_that_does_not_fit_in_memory_is_a_version_error() -> None:
+    """538 MB of weights where 200 MB are to be had: no crash, and the remedy is about memory."""
+    done = subprocess.run([sys.executable, "-c", _LITTLE_MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be loaded" in done.stdout
+    assert "free some memory" in done.stdout
