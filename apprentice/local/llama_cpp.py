@@ -30,6 +30,7 @@ from apprentice.errors import ConfigError, EngineUnavailable, MissingExtra, Prob
 from apprentice.local import llama_server
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import BaseModel, resolve_base_model
+from apprentice.local.drained import Drained
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.gguf_file import GgufHeader, read_gguf_header, write_lora
@@ -103,7 +104,7 @@ class _Completer:
         return post(self._client, "llama.cpp", path, body, ends_at)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Served:
     """A version and the server that answers for it, with its process where it was started here."""
 
@@ -112,8 +113,6 @@ class _Served:
     client: httpx.Client
     bytes: int | None
     process: subprocess.Popen[str] | None = None
-    in_flight: int = 0
-    leaving: bool = False
 
 
 class LlamaCppEngine:
@@ -133,44 +132,33 @@ class LlamaCppEngine:
         self._url = url
         self._max_new_tokens = max_new_tokens
         self._threads = threads
-        self._served: dict[str, _Served] = {}
+        self._versions: Drained[_Served] = Drained("llama.cpp")
         self._loading = threading.Lock()
-        self._changed = threading.Condition()
-        self._closed = False
 
     def load(self, version: Version) -> None:
         """Bring up a server for the version, or find it in the one that runs."""
         with self._loading:
-            if self._closed:
-                raise EngineUnavailable("the llama.cpp engine is closed")
-            served = self._served.get(version.name)
-            if served is not None and not served.leaving and _is_well(served.client):
+            served = self._versions.get(version.name)
+            if served is not None and _is_well(served.client):
                 return
             base = self._base()
             header = read_gguf_header(_gguf(base))
             lora = self._lora(version, base, header)
             frame = Frame.load(version.adapter) if version.adapter is not None else self._own_frame(base)
             served = self._find(version, frame, lora) if self._url else self._bring_up(version, frame, base, lora)
-            with self._changed:
-                before = self._served.get(version.name)
-                self._served[version.name] = served
+            try:
+                before = self._versions.put(version.name, served)
+            except EngineUnavailable:
+                _stop(served)
+                raise
             if before is not None:
                 _stop(before)
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
         """Answer one input."""
         ends_at = time.monotonic() + deadline_s
-        with self._changed:
-            served = self._served.get(version)
-            if served is None or served.leaving:
-                raise VersionError(f"version {version} is not loaded; load it first")
-            served.in_flight += 1
-        try:
+        with self._versions.using(version) as served:
             return answer_by(served.completer, served.framed, value, self._max_new_tokens, ends_at)
-        finally:
-            with self._changed:
-                served.in_flight -= 1
-                self._changed.notify_all()
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
         """As many at once as the server has slots."""
@@ -178,41 +166,27 @@ class LlamaCppEngine:
 
     def unload(self, version: str) -> None:
         """Stop the version's server once its answers are out."""
-        with self._changed:
-            served = self._served.get(version)
-            if served is None:
-                return
-            served.leaving = True
-            self._changed.wait_for(lambda: served.in_flight == 0 or self._closed)
-            if self._served.get(version) is served:
-                del self._served[version]
-        _stop(served)
+        self._versions.drop(version, _stop)
 
     def loaded(self) -> list[LoadedVersion]:
         """What it serves; the size is that of the adapter, since servers share the base's memory map."""
-        with self._changed:
-            return [LoadedVersion(name, s.framed.version.task, s.bytes) for name, s in self._served.items()]
+        return [LoadedVersion(name, s.framed.version.task, s.bytes) for name, s in self._versions.all().items()]
 
     def health(self) -> Health:
         """Whether every server answers."""
-        if self._closed:
+        if self._versions.closed:
             return Health(False, "closed")
         if self._url:
             with httpx.Client(base_url=self._url) as client:
                 return (
                     Health(True) if _is_well(client) else Health(False, f"no llama.cpp server answers at {self._url}")
                 )
-        ill = [name for name, served in list(self._served.items()) if not _is_well(served.client)]
+        ill = [name for name, served in self._versions.all().items() if not _is_well(served.client)]
         return Health(not ill, f"the server of version {ill[0]} does not answer" if ill else "")
 
     def close(self) -> None:
         """Stop every server that was started here."""
-        with self._changed:
-            self._closed = True
-            all_served = list(self._served.values())
-            self._served.clear()
-            self._changed.notify_all()
-        for served in all_served:
+        for served in self._versions.close():
             _stop(served)
 
     def _base(self) -> BaseModel:

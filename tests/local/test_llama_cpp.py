@@ -103,7 +103,9 @@ def test_a_server_that_dies_is_brought_up_again(engine: LlamaCppEngine, train: T
     engine.load(version)
     value, output = EMOTIONS[0]
     assert engine.answer(version.name, value, deadline_s=30).output == output
-    process = engine._served[version.name].process
+    served = engine._versions.get(version.name)
+    assert served is not None
+    process = served.process
     assert process is not None
     process.kill()
     process.wait()
@@ -116,14 +118,17 @@ def test_a_server_that_dies_is_brought_up_again(engine: LlamaCppEngine, train: T
 
 
 def test_what_llama_cpp_refuses_is_a_version_error(
-    engine: LlamaCppEngine, train: Train, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaCppEngine, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No memory, say: the error names the version, and no process is left behind."""
-    version = train("emotion", EMOTION, EMOTIONS)
-    monkeypatch.setattr("apprentice.local.llama_cpp._CONTEXT", -5)
+    """Whatever the server's process says or dies of: the error names the version, and nothing is left behind."""
+    version = train("emotion", EMOTION, [(value, {"emotion": "fear"}) for value, _ in EMOTIONS])
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no adapter")
+    held = engine.loaded()
+    monkeypatch.setattr(engine, "_lora", lambda *_: broken)
     with pytest.raises(VersionError, match=f"cannot start with version {version.name}"):
         engine.load(version)
-    assert engine.loaded() == []
+    assert engine.loaded() == held
 
 
 def test_a_base_without_a_gguf_is_a_config_error(tiny_folder: Path, tmp_path: Path) -> None:
