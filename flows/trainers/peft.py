@@ -43,7 +43,7 @@ class PeftTrainer:
 
     def preflight(self, job: TrainingJob) -> None:
         """Packages, base model, rows, disk, memory. Raises `MissingExtra`, `ConfigError`, `TrainingError`."""
-        packages = ("torch", "transformers", "peft", "safetensors")
+        packages = ("torch", "transformers", "peft", "safetensors", "accelerate")
         check_local(job, packages=packages, what="training with PEFT", extra="embedded")
 
     def worst_case(self, job: TrainingJob) -> Decimal:
@@ -118,7 +118,7 @@ class PeftTrainer:
                 "stopped_early": outcome.stopped_early,
                 "processes": crew.size,
             },
-            toolchain=toolchain("torch", "transformers", "peft", "safetensors"),
+            toolchain=toolchain("torch", "transformers", "peft", "safetensors", "accelerate"),
         )
 
 
