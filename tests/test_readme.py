@@ -45,7 +45,7 @@ def test_the_python_snippet_prints_what_it_says(
     checkout: FakeVendor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The snippet runs as it stands, and its comment is the output."""
-    monkeypatch.setattr(apprentice.client.httpx, "Client", partial(httpx.Client, transport=checkout.transport()))
+    monkeypatch.setattr(apprentice.client, "sender", partial(httpx.Client, transport=checkout.transport()))
     (snippet,) = snippets("python")
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == str(ANSWER)
