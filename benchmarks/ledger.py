@@ -139,11 +139,13 @@ def storm(url: str, *, processes: int = 8, calls: int = 200, kills: int = 3, thr
             child.heard += chunk
             if not chunk:
                 os.close(alive.pop(pipe).pipe)
-            elif child in children[:kills] and len(child.answered) >= 3:
-                os.kill(child.pid, signal.SIGKILL)  # its other threads are in flight
         state = store.window_states([key]).get(key)
         peak = max(peak, state.committed if state else Decimal(0))
         looks += 1
+        for child in children[:kills]:
+            # Its other threads are in flight. One that the others leave no turn is killed while there is money left.
+            if child.pipe in alive and (len(child.answered) >= 3 or peak > CAP / 2):
+                os.kill(child.pid, signal.SIGKILL)
     for child in children:
         code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
         if code not in (0, -signal.SIGKILL):
