@@ -14,8 +14,12 @@ import pytest
 from apprentice import Apprentice, Settings
 from apprentice.confidence.trust import Comparison
 from apprentice.judge import comparison_record
+from apprentice.local.base_model import share_processors
 from apprentice.store.records import VersionRecord
 from apprentice.testing import FakeEngine, FakeVendor, Fault
+
+# Before any test imports torch: its spinning threads make the suite many times slower on a machine that is shared.
+share_processors()
 
 LABELS = ("joy", "fear", "anger")
 
