@@ -248,7 +248,7 @@ class Budget:
         for held in self.held_ahead():
             if not 0 <= now - held.created_at < idle_s:
                 with contextlib.suppress(ValueError):  # it has just been taken
-                    self._standing_of((held.task, held.provider, held.model)).remove(held)
+                    self._standing_of(_kind(held)).remove(held)
                     idle.append(held)
         self.end([Settlement(held, "released", Decimal(0)) for held in idle])
         return bool(self.held_ahead())
@@ -300,17 +300,16 @@ class Budget:
         ``hold_next``: reserve for the next call of this kind in the same transaction, which spares it one of its own.
         Whoever asks for this sees to it that `put_back` is called, now and then and in the end.
         """
-        kind, next_call = None, None
+        next_call = None
         if hold_next and settlements and settlements[-1].state == "settled":
             last = settlements[-1].reservation
             if last.windows == self.windows(last.task):
-                kind = (last.task, last.provider, last.model)
-                next_call = NextCall(self._needed.get(kind, last.worst_case), self._owner, self.day())
+                next_call = NextCall(self._needed.get(_kind(last), last.worst_case), self._owner, self.day())
         done = self._store.complete_remote(
             settlements=settlements, example=example, counts=counts, change=change, task=task, next_call=next_call
         )
-        if done.held is not None and kind is not None:
-            self._standing_of(kind).append(done.held)
+        if done.held is not None:
+            self._standing_of(_kind(done.held)).append(done.held)
         self._ended(settlements, done.windows)
         return done.state
 
@@ -382,6 +381,10 @@ class Budget:
         event = EventRecord(told, window.scope or None, kind, level, evidence, self._clock())
         if self._store.add_event(event):  # else another process has said so
             self._announce(kind, event.task, evidence, level)
+
+
+def _kind(reservation: Reservation) -> _Kind:
+    return reservation.task, reservation.provider, reservation.model
 
 
 def _log(kind: str, task: str | None, evidence: dict[str, Any], level: Level) -> None:

@@ -27,7 +27,7 @@ from pydantic import Field as PydanticField
 
 from apprentice.errors import Problem
 
-__all__ = ["Schema", "SchemaError", "parse_schema"]
+__all__ = ["Schema", "SchemaError", "compact_json", "parse_schema"]
 
 _SCALARS: dict[str, Any] = {
     "str": str,
@@ -93,11 +93,11 @@ class Schema:
     @staticmethod
     def dumps(value: Mapping[str, Any]) -> str:
         """The one compact text of a value: no spaces, unicode kept. Training, serving and comparing all use it."""
-        return _encode(value)
+        return compact_json(value)
 
 
 # json.dumps builds an encoder for every call that is not all defaults
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def parse_schema(source: object, *, name: str = "Schema", path: str = "schema") -> Schema:

@@ -8,7 +8,7 @@ same connections, pool and TLS. Only where the environment names proxies is the 
 from __future__ import annotations
 
 import urllib.request
-from typing import Protocol
+from typing import Literal, Protocol
 
 import httpx
 
@@ -18,14 +18,18 @@ __all__ = ["AsyncSender", "Sender", "async_sender", "sender"]
 class Sender(Protocol):
     """The part of `httpx.Client` that carrying out a path needs."""
 
-    def send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response: ...
+    def send(self, request: httpx.Request, *, stream: Literal[True]) -> httpx.Response:
+        """The answer with its body still to be read."""
+
     def close(self) -> None: ...
 
 
 class AsyncSender(Protocol):
     """The part of `httpx.AsyncClient` that carrying out a path needs."""
 
-    async def send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response: ...
+    async def send(self, request: httpx.Request) -> httpx.Response:
+        """The whole answer."""
+
     async def aclose(self) -> None: ...
 
 
@@ -33,14 +37,9 @@ class _Direct:
     def __init__(self) -> None:
         self._transport = httpx.HTTPTransport()
 
-    def send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+    def send(self, request: httpx.Request, *, stream: Literal[True]) -> httpx.Response:
         response = self._transport.handle_request(request)
         response.request = request
-        if not stream:
-            try:
-                response.read()
-            finally:
-                response.close()
         return response
 
     def close(self) -> None:
@@ -51,14 +50,13 @@ class _AsyncDirect:
     def __init__(self) -> None:
         self._transport = httpx.AsyncHTTPTransport()
 
-    async def send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+    async def send(self, request: httpx.Request) -> httpx.Response:
         response = await self._transport.handle_async_request(request)
         response.request = request
-        if not stream:
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
+        try:
+            await response.aread()
+        finally:
+            await response.aclose()
         return response
 
     async def aclose(self) -> None:

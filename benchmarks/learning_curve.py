@@ -14,6 +14,7 @@ What ``--out`` holds already is not measured again, so a run of hours can be bro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -55,19 +56,17 @@ def _measure_all(options: argparse.Namespace, known: list[dict[str, Any]]) -> No
     print(f"{'examples':>8} {'seed':>4}  {'recipe':<8}{'agreement':>10}{'seconds':>9}")
     done = {(one["recipe"], one["examples"], one["seed"]) for one in known}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for size in options.sizes:
-        for seed in options.seeds:
-            for recipe in options.recipes:
-                if (recipe, size, seed) in done:
-                    continue
-                training = TrainingSettings(seed=seed, **(_PLAIN if recipe == "plain" else {}))
-                train = random.Random(seed).sample(pool, size)
-                agreement, wall_s = _measure(task, settings.local, train, test, training, every_layer=recipe == "plain")
-                one = {"recipe": recipe, "examples": size, "seed": seed, "agreement": agreement, "wall_s": wall_s}
-                known.append(one)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(one) + "\n")
-                print(f"{size:>8} {seed:>4}  {recipe:<8}{agreement:>10.3f}{wall_s:>9.0f}", flush=True)
+    for size, seed, recipe in itertools.product(options.sizes, options.seeds, options.recipes):
+        if (recipe, size, seed) in done:
+            continue
+        training = TrainingSettings(seed=seed, **(_PLAIN if recipe == "plain" else {}))
+        train = random.Random(seed).sample(pool, size)
+        agreement, wall_s = _measure(task, settings.local, train, test, training, every_layer=recipe == "plain")
+        one = {"recipe": recipe, "examples": size, "seed": seed, "agreement": agreement, "wall_s": wall_s}
+        known.append(one)
+        with options.out.open("a") as file:
+            file.write(json.dumps(one) + "\n")
+        print(f"{size:>8} {seed:>4}  {recipe:<8}{agreement:>10.3f}{wall_s:>9.0f}", flush=True)
 
 
 def _draw(known: list[dict[str, Any]], picture: Path) -> None:

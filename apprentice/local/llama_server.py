@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 
-def _parameters(wanted: dict[str, Any]) -> Any:
+def _server(wanted: dict[str, Any]) -> Any:
     import xllamacpp  # type: ignore[import-untyped]
 
     params = xllamacpp.CommonParams()
@@ -29,16 +29,14 @@ def _parameters(wanted: dict[str, Any]) -> Any:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path, adapter.scale = wanted["lora"], 1.0
         params.lora_adapters = [adapter]
-    return params
+    return xllamacpp.Server(params)
 
 
 def main() -> None:
     """Serve until standard input ends."""
     wanted = json.loads(sys.stdin.readline())
     try:
-        import xllamacpp
-
-        server = xllamacpp.Server(_parameters(wanted))
+        server = _server(wanted)
         told = {"address": server.listening_address}
     except Exception as error:  # noqa: BLE001  # whatever it is, the engine explains it
         told = {"error": str(error) or type(error).__name__}

@@ -22,8 +22,8 @@ from apprentice.remote.provider import (
     Prompt,
     Turn,
     content_headers,
-    dumps,
 )
+from apprentice.schema import compact_json
 from apprentice.store import Usage
 
 __all__ = ["Anthropic"]
@@ -80,7 +80,7 @@ class Anthropic:
         content = body["content"]
         called = [b for b in content if b.get("type") == "tool_use" and b.get("name") == _TOOL]
         if called:
-            text = dumps(called[0].get("input"))
+            text = compact_json(called[0].get("input"))
         else:
             text = "".join(b.get("text", "") for b in content if b.get("type") == "text")
         stop = _STOPS.get(body.get("stop_reason", ""), "end")

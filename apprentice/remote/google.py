@@ -19,8 +19,8 @@ from apprentice.remote.provider import (
     Prompt,
     Turn,
     content_headers,
-    dumps,
 )
+from apprentice.schema import compact_json
 from apprentice.store import Usage
 
 __all__ = ["Google"]
@@ -62,7 +62,7 @@ class Google:
         if schema is not None:
             generation["responseSchema"] = schema
         else:
-            system += f"\n\nThe schema: {dumps(prompt.schema)}"
+            system += f"\n\nThe schema: {compact_json(prompt.schema)}"
         return {"systemInstruction": {"parts": [{"text": system}]}, "generationConfig": generation}
 
     def parse(self, body: dict[str, Any]) -> Completion:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import httpx
 
+from apprentice.schema import compact_json
 from apprentice.store import Usage
 
-__all__ = ["Body", "Completion", "MalformedAnswer", "Prompt", "Provider", "Turn", "content_headers", "dumps"]
+__all__ = ["Body", "Completion", "MalformedAnswer", "Prompt", "Provider", "Turn", "content_headers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,5 @@ class Body:
         """``{**fixed(prompt), last: value}`` in UTF-8."""
         start = self._written.get(prompt)
         if start is None:
-            start = self._written[prompt] = f'{dumps(fixed(prompt))[:-1]},"{self._last}":'
-        return f"{start}{dumps(value)}}}".encode("utf-8", "replace")
-
-
-# json.dumps builds an encoder for every call that is not all defaults
-dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+            start = self._written[prompt] = f'{compact_json(fixed(prompt))[:-1]},"{self._last}":'
+        return f"{start}{compact_json(value)}}}".encode("utf-8", "replace")

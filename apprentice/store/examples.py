@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, func, insert, select
 
+from apprentice.schema import compact_json
 from apprentice.store.database import Transaction
 from apprentice.store.records import ExampleRecord
 from apprentice.store.tables import examples
@@ -32,13 +33,9 @@ _newest_inputs = (
 )
 
 
-# json.dumps builds an encoder for every call that is not all defaults
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def dumps(value: Any) -> str:
     """Compact JSON that any database can hold."""
-    text = _encode(value)
+    text = compact_json(value)
     if not text.isascii():
         try:
             text.encode()

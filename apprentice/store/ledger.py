@@ -9,6 +9,7 @@ A call may be held before anybody has it to make (``next_call``); it has no requ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, ROUND_UP, Decimal
 from functools import lru_cache
 from typing import Any
@@ -173,38 +174,23 @@ def reserve(
             values[f"b_cap{i}"] = to_nano(w.cap)
         if tx.run(_reserve_in(len(windows)), values).rowcount != len(windows):
             return None
-    return _insert_held(tx, amount, task, provider, model, request_id, owner, day, tuple(windows), at)
+    held = Reservation(0, task, provider, model, request_id, from_nano(amount), tuple(windows), at)
+    return _insert(tx, held, owner, day)
 
 
-def _insert_next(tx: Transaction, last: Reservation, call: NextCall, at: float) -> Reservation:
-    amount = to_nano(call.worst_case, up=True)
-    return _insert_held(tx, amount, last.task, last.provider, last.model, "", call.owner, call.day, last.windows, at)
-
-
-def _insert_held(
-    tx: Transaction,
-    amount: int,
-    task: str,
-    provider: str,
-    model: str,
-    request_id: str,
-    owner: str,
-    day: str,
-    windows: tuple[CapWindow, ...],
-    at: float,
-) -> Reservation:
+def _insert(tx: Transaction, held: Reservation, owner: str, day: str) -> Reservation:
+    """Write a reservation down; returns it with its number."""
     row = {
-        "b_task": task,
-        "b_provider": provider,
-        "b_model": model,
-        "b_request_id": request_id,
+        "b_task": held.task,
+        "b_provider": held.provider,
+        "b_model": held.model,
+        "b_request_id": held.request_id,
         "b_owner": owner,
         "b_day": day,
-        "b_worst_case": amount,
-        "b_created_at": at,
+        "b_worst_case": to_nano(held.worst_case),
+        "b_created_at": held.created_at,
     }
-    seq = tx.run(_insert_call, row).fetchone()[0]
-    return Reservation(seq, task, provider, model, request_id, from_nano(amount), windows, at)
+    return replace(held, id=tx.run(_insert_call, row).fetchone()[0])
 
 
 def end_calls(
@@ -228,7 +214,9 @@ def end_calls(
         states, is_held = _end_in_windows(tx, s.reservation.windows, cost - worst_case, cost, more)
         after.append(states)
         if more is not None and is_held:
-            held = _insert_next(tx, s.reservation, more, at)
+            worst = from_nano(to_nano(more.worst_case, up=True))
+            following = replace(s.reservation, request_id="", worst_case=worst, created_at=at)
+            held = _insert(tx, following, more.owner, more.day)
     return after, held
 
 
