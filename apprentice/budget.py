@@ -124,6 +124,7 @@ class _Today:
     """A calendar day, the moments between which it lasts, and each task's windows on it."""
 
     day: date
+    name: str
     begins: float
     ends: float
     windows: dict[str, tuple[CapWindow, ...]]
@@ -167,7 +168,7 @@ class Budget:
 
     def day(self) -> str:
         """Today's date in the budget's zone; counts and calls are kept by it."""
-        return self._today().day.isoformat()
+        return self._today().name
 
     def windows(self, task: str) -> tuple[CapWindow, ...]:
         """Every window that a call of ``task`` must fit in now."""
@@ -190,7 +191,7 @@ class Budget:
             after = day + timedelta(days=1)
             begins = datetime(day.year, day.month, day.day, tzinfo=self._zone).timestamp()
             ends = datetime(after.year, after.month, after.day, tzinfo=self._zone).timestamp()
-            today = self._today_cache = _Today(day, begins, ends, {})
+            today = self._today_cache = _Today(day, day.isoformat(), begins, ends, {})
         return today
 
     # one call
@@ -336,7 +337,7 @@ class Budget:
         states = self._store.window_states(list(windows))
         caps = []
         for key, w in windows.items():
-            state = states.get(key, WindowState(key, Decimal(0), Decimal(0)))
+            state = states.get(key, WindowState(key, 0, 0))
             held = state.committed - state.spent
             caps.append(CapState(w.scope, w.period, w.cap, state.spent, held, resets_at(w, self._zone)))
         return caps

@@ -88,8 +88,7 @@ class Apprentice(_Base):
 
     def __init__(self, assembly: Assembly, http_client: httpx.Client | None = None) -> None:
         super().__init__(assembly)
-        self._client = http_client or sender()
-        self._owns_client = http_client is None
+        self._sender = sender(http_client)
 
     @classmethod
     def from_config(
@@ -114,13 +113,12 @@ class Apprentice(_Base):
 
         Raises `InputError` (or `UnknownTask`), `BudgetExceeded`, `Unavailable`, `RemoteRefused` or `OutputError`.
         """
-        return run_sync(self.parts.router.path(task, input), self._client, self._threads)
+        return run_sync(self.parts.router.path(task, input), self._sender, self._threads)
 
     def close(self) -> None:
         """Write what is still in memory and release everything."""
         self._close()
-        if self._owns_client:
-            self._client.close()
+        self._sender.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,8 +138,7 @@ class AsyncApprentice(_Base):
 
     def __init__(self, assembly: Assembly, http_client: httpx.AsyncClient | None = None) -> None:
         super().__init__(assembly)
-        self._client = http_client or async_sender()
-        self._owns_client = http_client is None
+        self._sender = async_sender(http_client)
 
     @classmethod
     def from_config(
@@ -159,13 +156,12 @@ class AsyncApprentice(_Base):
 
     async def run(self, task: str, input: Mapping[str, Any]) -> Result:  # noqa: A002  # the user's word for it
         """As `Apprentice.run`."""
-        return await run_async(self.parts.router.path(task, input), self._client, self._threads)
+        return await run_async(self.parts.router.path(task, input), self._sender, self._threads)
 
     async def aclose(self) -> None:
         """Write what is still in memory and release everything."""
         await asyncio.to_thread(self._close)  # it waits for threads and for the disk; the event loop need not
-        if self._owns_client:
-            await self._client.aclose()
+        await self._sender.aclose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -14,6 +14,10 @@ from typing import Any
 __all__ = ["compact_prompt", "remote_system", "remote_user"]
 
 
+# not by indent=, for which json has no encoder in C
+_a_field_a_line = json.JSONEncoder(ensure_ascii=False, separators=(",\n ", ": ")).encode
+
+
 def remote_system(description: str, instructions: str) -> str:
     """What the remote is told about the task; the same for every request, so that a vendor can cache it."""
     parts = [description.strip(), instructions.strip(), "Answer with one JSON object that fits the given schema."]
@@ -21,8 +25,8 @@ def remote_system(description: str, instructions: str) -> str:
 
 
 def remote_user(value: Mapping[str, Any]) -> str:
-    """The input as the remote sees it: JSON, indented, in schema order."""
-    return json.dumps(value, ensure_ascii=False, indent=1)
+    """The input as the remote sees it: JSON, a field a line, in schema order."""
+    return _a_field_a_line(value)
 
 
 def compact_prompt(value: Mapping[str, Any]) -> str:

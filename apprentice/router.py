@@ -7,7 +7,6 @@ answer, a comparison wherever both answered. It decides nothing itself and does 
 
 from __future__ import annotations
 
-import hashlib
 import random
 import uuid
 from collections.abc import Callable, Generator, Mapping
@@ -36,7 +35,7 @@ from apprentice.local.switch import Switch
 from apprentice.phases import Phase
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.result import Result
-from apprentice.schema import Schema, SchemaError
+from apprentice.schema import SchemaError
 from apprentice.store import Store
 from apprentice.store.records import ExampleRecord, PolicyRow
 from apprentice.tally import Tally
@@ -173,7 +172,6 @@ class Router:
             output=answer.output,
             provider=answer.provider,
             model=answer.model,
-            input_digest=_digest(request.value),
             created_at=self._clock(),
         )
         yield Call(
@@ -314,7 +312,3 @@ def _final_error(task: str, remote: ApprenticeError, local: Exception | None) ->
         return remote
     causes = f"the remote: {remote}" + (f"; the local model: {local}" if local else "")
     return Unavailable(f"nobody can answer task {task!r}: {causes}", remote=remote, local=local)
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(Schema.dumps(value).encode()).hexdigest()[:32]

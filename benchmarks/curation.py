@@ -81,9 +81,7 @@ def traffic(count: int) -> Iterator[ExampleRecord]:
                 recent.append((text, label))
             else:
                 recent[draw.randrange(5000)] = (text, label)
-        yield ExampleRecord(
-            f"{n:032x}", "tickets", {"text": text}, {"category": label}, "anthropic", "m", "", 0.0, n + 1
-        )
+        yield ExampleRecord(f"{n:032x}", "tickets", {"text": text}, {"category": label}, "anthropic", "m", 0.0, n + 1)
 
 
 def _peak_mb() -> float:

@@ -35,12 +35,13 @@ from apprentice.errors import BudgetExceeded
 from apprentice.remote import Teacher
 from apprentice.store import ExampleRecord, Settlement, Store, Usage
 from apprentice.testing import FakeVendor
+from apprentice.transport import sender
 
 CAP, PRICE, WORST = Decimal("5.00"), Decimal("0.01"), Decimal("0.02")
 
 
 def _example(request_id: str) -> ExampleRecord:
-    return ExampleRecord(request_id, "t", {"text": "x"}, {"label": "y"}, "p", "m", "d", 0.0)
+    return ExampleRecord(request_id, "t", {"text": "x"}, {"label": "y"}, "p", "m", 0.0)
 
 
 def _budget(store: Store, owner: str = "") -> Budget:
@@ -201,7 +202,7 @@ def _answer_forever(url: str, pipe: int) -> None:
     with httpx.Client(transport=vendor.transport()) as client, ThreadPoolExecutor(1) as pool:
         for n in range(1000):
             request_id = f"{os.getpid()}-{n}"
-            answer = run_sync(teacher.ask(task, {"text": "x"}, request_id), client, pool)
+            answer = run_sync(teacher.ask(task, {"text": "x"}, request_id), sender(client), pool)
             budget.complete_remote(settlements=answer.settlements, example=_example(request_id), hold_next=True)
             os.write(pipe, f"{request_id}\n".encode())
 

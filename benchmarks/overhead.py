@@ -177,9 +177,7 @@ def remote_path(base_url: str, folder: Path, calls: int) -> None:
 
     def ask() -> None:
         answer = run_sync(teacher.ask(task, value, "r" * 32), direct, threads)
-        example = ExampleRecord(
-            "r" * 32, task.name, value, answer.output, answer.provider, answer.model, "d" * 64, time.time()
-        )
+        example = ExampleRecord("r" * 32, task.name, value, answer.output, answer.provider, answer.model, time.time())
         budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
 
     engine = FakeEngine(lambda version, asked: {"category": "billing", "priority": 2})

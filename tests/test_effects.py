@@ -1,34 +1,41 @@
 """One path, two drivers: what a path sees must not depend on who walks it."""
 
 import asyncio
+import contextlib
 import gzip
 import http.server
+import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 
 from apprentice.effects import Both, Call, Outcome, Path, Send, Sleep, run_async, run_sync
-from apprentice.transport import AsyncSender, Sender, async_sender, sender
+from apprentice.transport import Endpoint, Reply, Request, async_sender, sender
 
 
 def answer(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"path": request.url.path})
 
 
+def post(url: str) -> Send:
+    return Send(Request(Endpoint(url), b"{}"), deadline_s=5)
+
+
 def walk(driver: str, path: Path[Any], handler: Any = answer) -> Any:
     with ThreadPoolExecutor(4) as threads:
         if driver == "sync":
             with httpx.Client(transport=httpx.MockTransport(handler)) as client:
-                return run_sync(path, client, threads)
+                return run_sync(path, sender(client), threads)
 
         async def main() -> Any:
             async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
-                return await run_async(path, client, threads)
+                return await run_async(path, async_sender(client), threads)
 
         return asyncio.run(main())
 
@@ -36,9 +43,9 @@ def walk(driver: str, path: Path[Any], handler: Any = answer) -> Any:
 both_drivers = pytest.mark.parametrize("driver", ["sync", "async"])
 
 
-def get(path: str) -> Path[str]:
-    response = yield Send(httpx.Request("GET", f"http://remote{path}"), deadline_s=5)
-    return str(response.json()["path"])
+def ask(path: str) -> Path[str]:
+    reply = yield post(f"http://remote{path}")
+    return str(json.loads(reply.content)["path"])
 
 
 @both_drivers
@@ -46,7 +53,7 @@ def test_a_path_is_sent_the_results_of_its_effects(driver: str) -> None:
     """Requests, calls and sleeps give their values where they were yielded."""
 
     def path() -> Path[tuple[str, int]]:
-        first = yield from get("/a")
+        first = yield from ask("/a")
         yield Sleep(0)
         number = yield Call(lambda: 7)
         return first, number
@@ -117,18 +124,15 @@ def walk_by(driver: str, path: Path[Any], *, own: bool) -> Any:
     """Walk a path over real connections: those of a client that the application brought, or Apprentice's own."""
     with ThreadPoolExecutor(1) as threads:
         if driver == "sync":
-            client: Sender = httpx.Client() if own else sender()
-            try:
-                return run_sync(path, client, threads)
-            finally:
-                client.close()
+            with httpx.Client() as client, contextlib.closing(sender(client if own else None)) as chosen:
+                return run_sync(path, chosen, threads)
 
         async def main() -> Any:
-            client: AsyncSender = httpx.AsyncClient() if own else async_sender()
-            try:
-                return await run_async(path, client, threads)
-            finally:
-                await client.aclose()
+            async with (
+                httpx.AsyncClient() as client,
+                contextlib.aclosing(async_sender(client if own else None)) as chosen,
+            ):
+                return await run_async(path, chosen, threads)
 
         return asyncio.run(main())
 
@@ -137,8 +141,8 @@ def walk_by(driver: str, path: Path[Any], *, own: bool) -> Any:
 def test_without_a_client_of_ones_own_answers_are_the_same(driver: str) -> None:
     """Over the bare transport: the answer of a real server, decoded, and an error that says what failed."""
 
-    def path(url: str) -> Path[httpx.Response]:
-        return (yield Send(httpx.Request("POST", url, content=b"{}"), deadline_s=5))
+    def path(url: str) -> Path[Reply]:
+        return (yield post(url))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # the name that the library looks for
@@ -153,21 +157,96 @@ def test_without_a_client_of_ones_own_answers_are_the_same(driver: str) -> None:
         threading.Thread(target=server.handle_request).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         answers = walk_by(driver, path(url), own=False)
-    assert (answers.status_code, answers.json(), answers.request.url) == (200, {"path": "zipped"}, url)
+    assert (answers.status, json.loads(answers.content)) == (200, {"path": "zipped"})
+    assert answers.headers["Content-Encoding"] == "gzip"
     with pytest.raises(httpx.ConnectError):
         walk_by(driver, path(url), own=False)
 
 
-def test_proxies_that_the_environment_names_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a whole httpx client knows them."""
-    monkeypatch.delenv("http_proxy", raising=False)
-    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
-    with sender() as client:  # type: ignore[attr-defined]  # it must be httpx's own
-        assert isinstance(client, httpx.Client)
-    monkeypatch.delenv("HTTP_PROXY")
-    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+@both_drivers
+def test_proxies_that_the_environment_names_are_used(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request arrives at the proxy, with the vendor's address in it."""
+    asked = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+    def path() -> Path[Reply]:
+        return (yield post("http://vendor.invalid/v1"))
+
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert not isinstance(sender(), httpx.Client)
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.handle_request).start()
+        assert walk_by(driver, path(), own=False).status == 200
+    assert asked == ["http://vendor.invalid/v1"]
+
+
+class KeptAlive(http.server.BaseHTTPRequestHandler):
+    """Counts connections, and answers any number of requests on each; closes after a request to /last."""
+
+    protocol_version = "HTTP/1.1"
+    connections: ClassVar[list[int]] = []
+
+    def setup(self) -> None:
+        super().setup()
+        self.connections.append(self.client_address[1])
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+        self.close_connection = self.path == "/last"
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def kept_alive() -> Iterator[str]:
+    """The address of a `KeptAlive` server."""
+    KeptAlive.connections.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), KeptAlive) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_connections_are_kept_and_those_that_the_server_closed_are_not_used(kept_alive: str) -> None:
+    """Requests one after the other share a connection; after the server has closed it, a new one is opened."""
+    with contextlib.closing(sender()) as direct:
+        for last in ("/a", "/b", "/last", "/c", "/d"):
+            assert direct.send(Request(Endpoint(kept_alive + last), b"{}"), 5.0).status == 200
+            if last == "/last":
+                time.sleep(0.1)  # for the server's end of the connection to arrive here
+    assert len(KeptAlive.connections) == 2
+
+
+def test_threads_have_connections_of_their_own(kept_alive: str) -> None:
+    """Fifty requests by five threads: every one answered, by no more connections than threads."""
+    with contextlib.closing(sender()) as direct, ThreadPoolExecutor(5) as threads:
+        endpoint = Endpoint(kept_alive)
+        replies = list(threads.map(lambda n: direct.send(Request(endpoint, b"%d" % n), 5.0).status, range(50)))
+    assert replies == [200] * 50
+    assert 1 <= len(KeptAlive.connections) <= 5
+
+
+def test_what_is_no_web_address_is_an_error(kept_alive: str) -> None:
+    """As httpx says it; a base_url without its scheme is the usual cause."""
+    with contextlib.closing(sender()) as direct, pytest.raises(httpx.UnsupportedProtocol, match="begin with http"):
+        direct.send(Request(Endpoint("localhost:8000/v1"), b"{}"), 1.0)
+
+
+def test_keys_are_in_no_repr() -> None:
+    """Requests are printed by debuggers and in tracebacks."""
+    request = Request(Endpoint("http://vendor/v1", ("x-api-key", "sk-secret")), b"{}")
+    assert "secret" not in repr(request) + repr(Send(request, 1.0))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -176,7 +255,7 @@ def test_a_deadline_holds_against_a_body_that_drips(driver: str, own: bool, drip
     """The deadline is for the whole answer, not for each read of it."""
 
     def path() -> Path[None]:
-        yield Send(httpx.Request("GET", dripping_server), deadline_s=0.3)
+        yield Send(Request(Endpoint(dripping_server), b"{}"), deadline_s=0.3)
 
     with pytest.raises(httpx.ReadTimeout):
         walk_by(driver, path(), own=own)
@@ -190,4 +269,4 @@ def test_a_compressed_answer_is_decoded_once(driver: str) -> None:
         body = gzip.compress(b'{"path": "zipped"}')
         return httpx.Response(200, content=body, headers={"content-encoding": "gzip"})
 
-    assert walk(driver, get("/a"), handler) == "zipped"
+    assert walk(driver, ask("/a"), handler) == "zipped"

@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,6 +19,7 @@ import uvicorn
 import apprentice.client
 from apprentice import AsyncApprentice, load_settings
 from apprentice.testing import FakeVendor
+from apprentice.transport import sender
 from serving.app import create_app
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,8 @@ def test_the_python_snippet_prints_what_it_says(
     checkout: FakeVendor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The snippet runs as it stands, and its comment is the output."""
-    monkeypatch.setattr(apprentice.client, "sender", partial(httpx.Client, transport=checkout.transport()))
+    by_checkout = sender(httpx.Client(transport=checkout.transport()))
+    monkeypatch.setattr(apprentice.client, "sender", lambda client: sender(client) if client else by_checkout)
     (snippet,) = snippets("python")
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == str(ANSWER)

@@ -12,8 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import httpx
-
 from apprentice.remote.dialects import closed
 from apprentice.remote.provider import (
     Body,
@@ -21,10 +19,10 @@ from apprentice.remote.provider import (
     MalformedAnswer,
     Prompt,
     Turn,
-    content_headers,
 )
 from apprentice.schema import compact_json
 from apprentice.store import Usage
+from apprentice.transport import Endpoint, Request
 
 __all__ = ["Anthropic"]
 
@@ -44,21 +42,21 @@ class Anthropic:
 
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model
-        self._url = httpx.URL((base_url or "https://api.anthropic.com").rstrip("/") + "/v1/messages")
-        self._headers = content_headers(("x-api-key", key), ("anthropic-version", "2023-06-01"))
+        url = (base_url or "https://api.anthropic.com").rstrip("/") + "/v1/messages"
+        self._endpoint = Endpoint(url, ("x-api-key", key), ("anthropic-version", "2023-06-01"))
         self._old = bool(_WITHOUT_OUTPUT_FORMAT.match(model))
         self._body = Body("messages")
 
     def __repr__(self) -> str:
         return f"Anthropic({self.model!r})"
 
-    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> httpx.Request:
+    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         messages = [{"role": "user", "content": user}]
         for turn in turns:
             messages.append({"role": "assistant", "content": turn.answer or "(no answer)"})
             messages.append({"role": "user", "content": turn.complaint})
         body = self._body.write(prompt, self._fixed, messages)
-        return httpx.Request("POST", self._url, headers=self._headers, content=body)
+        return Request(self._endpoint, body)
 
     def _fixed(self, prompt: Prompt) -> dict[str, Any]:
         schema = None if self._old else closed(prompt.schema)

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from apprentice.transport import Reply
+
 __all__ = ["Failure", "of_exception", "of_response", "retry_after_s", "without_secrets"]
 
 _RETRYABLE = frozenset({408, 409, 425, 429})
@@ -49,9 +51,9 @@ def of_exception(error: httpx.HTTPError) -> Failure:
     return Failure(what, billed=not unsent)
 
 
-def of_response(response: httpx.Response, now: float, key: str = "") -> Failure | None:
+def of_response(response: Reply, now: float, key: str = "") -> Failure | None:
     """What a response means that is not 2xx; None where it is. ``now`` in Unix seconds."""
-    status = response.status_code
+    status = response.status
     if 200 <= status < 300:
         return None
     error = _error_object(response)
@@ -93,7 +95,7 @@ def without_secrets(text: str, key: str) -> str:
     return _KEYLIKE.sub("***", text)
 
 
-def _error_object(response: httpx.Response) -> dict[str, Any]:
+def _error_object(response: Reply) -> dict[str, Any]:
     try:
         body = json.loads(response.content)
     except ValueError:
@@ -104,8 +106,9 @@ def _error_object(response: httpx.Response) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-def _message(error: Mapping[str, Any], response: httpx.Response) -> str:
-    text = str(error.get("message") or response.text or response.reason_phrase).strip()
+def _message(error: Mapping[str, Any], response: Reply) -> str:
+    text = response.content.decode("utf-8", "replace")
+    text = str(error.get("message") or text or httpx.codes.get_reason_phrase(response.status)).strip()
     kind = error.get("type") or error.get("status")
     text = text if len(text) <= 300 else text[:297] + "..."
     return f"{kind}: {text}" if kind and str(kind) not in text else text

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
-
 from apprentice.remote.dialects import gemini
 from apprentice.remote.provider import (
     Body,
@@ -18,10 +16,10 @@ from apprentice.remote.provider import (
     MalformedAnswer,
     Prompt,
     Turn,
-    content_headers,
 )
 from apprentice.schema import compact_json
 from apprentice.store import Usage
+from apprentice.transport import Endpoint, Request
 
 __all__ = ["Google"]
 
@@ -36,21 +34,20 @@ class Google:
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model.removeprefix("models/")
         base = (base_url or "https://generativelanguage.googleapis.com/v1beta").rstrip("/")
-        self._url = httpx.URL(f"{base}/models/{self.model}:generateContent")
-        # in a header and never in the URL, which is logged
-        self._headers = content_headers(("x-goog-api-key", key))
+        # the key in a header and never in the URL, which is logged
+        self._endpoint = Endpoint(f"{base}/models/{self.model}:generateContent", ("x-goog-api-key", key))
         self._body = Body("contents")
 
     def __repr__(self) -> str:
         return f"Google({self.model!r})"
 
-    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> httpx.Request:
+    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         contents: list[dict[str, Any]] = [{"role": "user", "parts": [{"text": user}]}]
         for turn in turns:
             contents.append({"role": "model", "parts": [{"text": turn.answer or "(no answer)"}]})
             contents.append({"role": "user", "parts": [{"text": turn.complaint}]})
         body = self._body.write(prompt, self._fixed, contents)
-        return httpx.Request("POST", self._url, headers=self._headers, content=body)
+        return Request(self._endpoint, body)
 
     def _fixed(self, prompt: Prompt) -> dict[str, Any]:
         schema = gemini(prompt.schema)

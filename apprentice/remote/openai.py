@@ -18,21 +18,25 @@ from apprentice.remote.provider import (
     Completion,
     Prompt,
     Turn,
-    content_headers,
 )
 from apprentice.store import Usage
+from apprentice.transport import Endpoint, Request
 
 __all__ = ["OpenAIChat", "OpenAIResponses"]
 
 _OPENAI = "https://api.openai.com/v1"
 
 
-def _headers(url: httpx.URL, key: str) -> list[tuple[bytes, bytes]]:
+def _endpoint(url: str, key: str) -> Endpoint:
     if not key:  # a server of one's own
-        return content_headers()
-    if url.host.endswith(".azure.com"):
-        return content_headers(("api-key", key))
-    return content_headers(("authorization", f"Bearer {key}"))
+        return Endpoint(url)
+    if _is_azure(url):
+        return Endpoint(url, ("api-key", key))
+    return Endpoint(url, ("authorization", f"Bearer {key}"))
+
+
+def _is_azure(url: str) -> bool:
+    return httpx.URL(url).host.endswith(".azure.com")
 
 
 def _json_schema(prompt: Prompt) -> dict[str, Any]:
@@ -58,19 +62,19 @@ class OpenAIChat:
     def __init__(self, model: str, key: str, base_url: str | None = None, *, name: str = "openai") -> None:
         self.name = name
         self.model = model
-        self._url = httpx.URL((base_url or _OPENAI).rstrip("/") + "/chat/completions")
-        self._headers = _headers(self._url, key)
+        url = (base_url or _OPENAI).rstrip("/") + "/chat/completions"
+        self._endpoint = _endpoint(url, key)
         self._body = Body("messages")
         # The newer name is OpenAI's own; other servers know the older one.
-        self._is_openai = name == "openai" or self._url.host.endswith(".azure.com")
+        self._is_openai = name == "openai" or _is_azure(url)
 
     def __repr__(self) -> str:
         return f"OpenAIChat({self.model!r}, name={self.name!r})"
 
-    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> httpx.Request:
+    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         messages = [{"role": "system", "content": prompt.system}, *_messages(user, turns)]
         body = self._body.write(prompt, self._fixed, messages)
-        return httpx.Request("POST", self._url, headers=self._headers, content=body)
+        return Request(self._endpoint, body)
 
     def _fixed(self, prompt: Prompt) -> dict[str, Any]:
         fixed: dict[str, Any] = {
@@ -117,16 +121,15 @@ class OpenAIResponses:
 
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model
-        self._url = httpx.URL((base_url or _OPENAI).rstrip("/") + "/responses")
-        self._headers = _headers(self._url, key)
+        self._endpoint = _endpoint((base_url or _OPENAI).rstrip("/") + "/responses", key)
         self._body = Body("input")
 
     def __repr__(self) -> str:
         return f"OpenAIResponses({self.model!r})"
 
-    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> httpx.Request:
+    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         body = self._body.write(prompt, self._fixed, _messages(user, turns))
-        return httpx.Request("POST", self._url, headers=self._headers, content=body)
+        return Request(self._endpoint, body)
 
     def _fixed(self, prompt: Prompt) -> dict[str, Any]:
         return {

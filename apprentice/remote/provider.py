@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import httpx
-
 from apprentice.schema import compact_json
 from apprentice.store import Usage
+from apprentice.transport import Request
 
-__all__ = ["Body", "Completion", "MalformedAnswer", "Prompt", "Provider", "Turn", "content_headers"]
+__all__ = ["Body", "Completion", "MalformedAnswer", "Prompt", "Provider", "Turn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Provider(Protocol):
     name: str
     model: str
 
-    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> httpx.Request:
+    def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         """The request for one input; ``turns`` are failed answers to be repaired."""
 
     def parse(self, body: dict[str, Any]) -> Completion:
@@ -62,12 +61,6 @@ class Provider(Protocol):
 
         Raises `MalformedAnswer`, or any LookupError, TypeError or AttributeError that a body of another shape causes.
         """
-
-
-def content_headers(*more: tuple[str, str]) -> list[tuple[bytes, bytes]]:
-    """Headers of a JSON request, encoded once and not on every request."""
-    pairs = (("content-type", "application/json"), ("accept", "application/json"), ("user-agent", "apprentice"), *more)
-    return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
 
 
 class Body:

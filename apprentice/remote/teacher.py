@@ -43,6 +43,7 @@ from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import Completion, MalformedAnswer, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
 from apprentice.store import Reservation, Settlement, Usage
+from apprentice.transport import Reply, Request
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
 
@@ -328,9 +329,7 @@ class Teacher:
             raise RemoteUnavailable(name, failure.message, status=failure.status)
         raise RemoteRefused(name, failure.message, status=failure.status)
 
-    def _attempt(
-        self, source: _Source, request: httpx.Request, within_s: float
-    ) -> Path[tuple[httpx.Response | None, Failure | None]]:
+    def _attempt(self, source: _Source, request: Request, within_s: float) -> Path[tuple[Reply | None, Failure | None]]:
         """Send once. The exception is dropped here: it holds the request, and the request holds the key."""
         try:
             response = yield Send(request, within_s)
@@ -343,7 +342,7 @@ class Teacher:
             source.limits.release()
         return None, failure
 
-    def _wait_for_turn(self, source: _Source, task: TaskSettings, request: httpx.Request, ends: float) -> Path[bool]:
+    def _wait_for_turn(self, source: _Source, task: TaskSettings, request: Request, ends: float) -> Path[bool]:
         """Wait until the provider's limits allow a call; False where the deadline comes first."""
         tokens = len(request.content) / _BYTES_PER_TOKEN + source.typical_output.get(task.name, _TYPICAL_OUTPUT)
         while True:
@@ -355,7 +354,7 @@ class Teacher:
                 return False
             yield Sleep(wait)
 
-    def _read(self, source: _Source, response: httpx.Response) -> tuple[Completion | None, Failure | None]:
+    def _read(self, source: _Source, response: Reply) -> tuple[Completion | None, Failure | None]:
         try:
             body = json.loads(response.content)
             return source.provider.parse(body), None

@@ -55,7 +55,6 @@ def add(tx: Transaction, example: ExampleRecord) -> int:
         "output": dumps(example.output),
         "provider": example.provider,
         "model": example.model,
-        "input_digest": example.input_digest,
         "created_at": example.created_at,
     }
     return int(tx.run(_insert, row).fetchone()[0])

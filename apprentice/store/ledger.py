@@ -9,21 +9,20 @@ A call may be held before anybody has it to make (``next_call``); it has no requ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, ROUND_UP, Decimal
 from functools import lru_cache
+from itertools import starmap
 from typing import Any
 
 from sqlalchemy import Update, and_, bindparam, case, delete, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.store.database import Transaction
-from apprentice.store.records import CapWindow, NextCall, Reservation, Settlement, SpendRow, Usage, WindowState
+from apprentice.store.records import NANO, CapWindow, NextCall, Reservation, Settlement, SpendRow, Usage, WindowState
 from apprentice.store.tables import calls, cap_windows
 
 __all__ = ["end_calls", "open_windows", "reserve", "spend", "to_nano", "window_states"]
 
-_NANO = Decimal(1_000_000_000)
 # A call that has been in flight for longer than any deadline has no owner any more.
 _ABANDONED_S = 3600.0
 # The share of a cap up to which calls may be held that have yet to come: what is left of it is for those who have one.
@@ -95,11 +94,11 @@ _spend = (
 
 def to_nano(amount: Decimal, *, up: bool = False) -> int:
     """Whole nano-dollars; ``up`` rounds away from zero, for what is held."""
-    return int((amount * _NANO).to_integral_value(ROUND_UP if up else ROUND_HALF_EVEN))
+    return int((amount * NANO).to_integral_value(ROUND_UP if up else ROUND_HALF_EVEN))
 
 
 def from_nano(nano: int) -> Decimal:
-    return Decimal(int(nano)) / _NANO
+    return Decimal(int(nano)) / NANO
 
 
 @lru_cache(maxsize=32)
@@ -190,7 +189,7 @@ def _insert(tx: Transaction, held: Reservation, owner: str, day: str) -> Reserva
         "b_worst_case": to_nano(held.worst_case),
         "b_created_at": held.created_at,
     }
-    return replace(held, id=tx.run(_insert_call, row).fetchone()[0])
+    return held.numbered(tx.run(_insert_call, row).fetchone()[0])
 
 
 def end_calls(
@@ -215,7 +214,8 @@ def end_calls(
         after.append(states)
         if more is not None and is_held:
             worst = from_nano(to_nano(more.worst_case, up=True))
-            following = replace(s.reservation, request_id="", worst_case=worst, created_at=at)
+            last = s.reservation
+            following = Reservation(0, last.task, last.provider, last.model, "", worst, last.windows, at)
             held = _insert(tx, following, more.owner, more.day)
     return after, held
 
@@ -256,11 +256,17 @@ def _end_in_windows(
     run = _end_in(len(windows))
     rows = tx.run(run, {**keys, "b_change": change + more, "b_cost": cost}).fetchall()
     if more:
-        ample = {w.key: to_nano(w.cap * _AMPLE) for w in windows}
+        ample = {w.key: _ample(w.cap) for w in windows}
         if any(committed > ample[key] for key, _, committed in rows):
             rows = tx.run(run, {**keys, "b_change": -more, "b_cost": 0}).fetchall()
             more = 0
-    return [WindowState(key, from_nano(spent), from_nano(committed)) for key, spent, committed in rows], bool(more)
+    return list(starmap(WindowState, rows)), bool(more)
+
+
+@lru_cache(maxsize=256)
+def _ample(cap: Decimal) -> int:
+    """Up to where calls that have yet to come may fill a cap, in nano-dollars."""
+    return to_nano(cap * _AMPLE)
 
 
 def window_states(tx: Transaction, keys: Sequence[str]) -> dict[str, WindowState]:
@@ -268,7 +274,7 @@ def window_states(tx: Transaction, keys: Sequence[str]) -> dict[str, WindowState
     if not keys:
         return {}
     rows = tx.run(_states(len(keys)), {f"b_key{i}": key for i, key in enumerate(keys)}).fetchall()
-    return {key: WindowState(key, from_nano(spent), from_nano(committed)) for key, spent, committed in rows}
+    return {row[0]: WindowState(*row) for row in rows}
 
 
 @lru_cache(maxsize=64)

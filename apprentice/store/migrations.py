@@ -166,6 +166,11 @@ def create_ledger(op: Operations) -> None:
     )
 
 
+def drop_input_digest(op: Operations) -> None:
+    """Nobody asked for it, and every request paid for it."""
+    op.drop_column("examples", "input_digest")
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -174,6 +179,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_training,
     create_events,
     create_ledger,
+    drop_input_digest,
 )
 LATEST = len(_STEPS)
 

@@ -32,6 +32,9 @@ __all__ = [
     "WindowState",
 ]
 
+NANO = Decimal(1_000_000_000)
+"""Nano-dollars in a dollar; money is kept in whole ones."""
+
 type Level = Literal["info", "warning", "critical"]
 type RunState = Literal["running", "completed", "failed", "rejected"]
 type VersionStatus = Literal["candidate", "champion", "rejected", "retired"]
@@ -47,7 +50,6 @@ class ExampleRecord:
     output: Mapping[str, Any]
     provider: str
     model: str
-    input_digest: str
     created_at: float
     seq: int = 0
 
@@ -255,6 +257,19 @@ class Reservation:
     windows: tuple[CapWindow, ...]
     created_at: float
 
+    def numbered(self, number: int) -> Reservation:
+        """The same under its number. On the path of every request, so not by `dataclasses.replace`, which is slow."""
+        return Reservation(
+            number,
+            self.task,
+            self.provider,
+            self.model,
+            self.request_id,
+            self.worst_case,
+            self.windows,
+            self.created_at,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
@@ -277,11 +292,22 @@ class NextCall:
 
 @dataclass(frozen=True, slots=True)
 class WindowState:
-    """What a cap's window holds: ``spent`` for sure, and ``committed``, which adds the calls in flight."""
+    """What a cap's window holds: ``spent`` for sure, and ``committed``, which adds the calls in flight.
+
+    In whole nano-dollars, as they are kept; few look at them, and those who do want `Decimal` in USD.
+    """
 
     key: str
-    spent: Decimal
-    committed: Decimal
+    spent_nano: int
+    committed_nano: int
+
+    @property
+    def spent(self) -> Decimal:
+        return Decimal(self.spent_nano) / NANO
+
+    @property
+    def committed(self) -> Decimal:
+        return Decimal(self.committed_nano) / NANO
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,6 @@ examples = Table(
     Column("output", Text, nullable=False),
     Column("provider", Text, nullable=False),
     Column("model", Text, nullable=False),
-    Column("input_digest", Text, nullable=False),
     Column("created_at", Float, nullable=False),
 )
 Index("examples_task", examples.c.task, examples.c.seq)

@@ -144,7 +144,7 @@ class Home:
             text = f"what was said in a letter of day {i}"
             self.truth[text] = MOODS[i * 7 % 3]
             output = {"mood": self.truth[text]}
-            example = ExampleRecord(f"r{i}", "mood", {"text": text}, output, "anthropic", "claude-sonnet-4-5", "", 0.0)
+            example = ExampleRecord(f"r{i}", "mood", {"text": text}, output, "anthropic", "claude-sonnet-4-5", 0.0)
             self.store.add_example(example)
 
 

@@ -32,7 +32,7 @@ WORDS = (
 
 
 def _example(seq: int, text: str, mood: str = "glad", model: str = "teacher") -> ExampleRecord:
-    return ExampleRecord(f"r{seq}", "mood", {"text": text}, {"mood": mood}, "anthropic", model, "", 0.0, seq)
+    return ExampleRecord(f"r{seq}", "mood", {"text": text}, {"mood": mood}, "anthropic", model, 0.0, seq)
 
 
 def _different(count: int, seed: int = 0) -> list[ExampleRecord]:

@@ -14,6 +14,7 @@ from apprentice.remote.provider import Prompt, Turn
 from apprentice.remote.teacher import make_provider
 from apprentice.schema import parse_schema
 from apprentice.store import Usage
+from apprentice.transport import Reply, Request
 
 KEY = "sk-ant-REDACTED"
 SCHEMA = parse_schema({"label": ["a", "b"], "note": "str?"}).json_schema
@@ -26,16 +27,24 @@ def provider(vendor: str, model: str = "m", **more: Any) -> Any:
     return make_provider(settings, KEY)
 
 
-def sent(request: httpx.Request) -> dict[str, Any]:
+def sent(request: Request) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(request.content)
     return body
+
+
+def headers(request: Request) -> httpx.Headers:
+    return httpx.Headers(request.endpoint.headers)
+
+
+def reply(response: httpx.Response) -> Reply:
+    return Reply(response.status_code, response.content, response.headers.raw)
 
 
 def test_anthropic_asks_for_structured_output() -> None:
     """Endpoint, headers, cached system prompt, and the closed schema under output_config.format."""
     request = provider("anthropic", "claude-sonnet-4-5").build(PROMPT, "hello")
-    assert str(request.url) == "https://api.anthropic.com/v1/messages"
-    assert (request.headers["x-api-key"], request.headers["anthropic-version"]) == (KEY, "2023-06-01")
+    assert str(request.endpoint.url) == "https://api.anthropic.com/v1/messages"
+    assert (headers(request)["x-api-key"], headers(request)["anthropic-version"]) == (KEY, "2023-06-01")
     body = sent(request)
     assert body["system"] == [{"type": "text", "text": "Classify.", "cache_control": {"type": "ephemeral"}}]
     assert body["messages"] == [{"role": "user", "content": "hello"}]
@@ -104,8 +113,8 @@ def test_anthropic_reads_messages() -> None:
 def test_openai_chat_asks_strictly() -> None:
     """Bearer key, strict json_schema with every field required, and a cache key."""
     request = provider("openai", "gpt-4o-mini").build(PROMPT, "hello", [Turn("bad", "wrong")])
-    assert str(request.url) == "https://api.openai.com/v1/chat/completions"
-    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert str(request.endpoint.url) == "https://api.openai.com/v1/chat/completions"
+    assert headers(request)["authorization"] == f"Bearer {KEY}"
     body = sent(request)
     assert [m["role"] for m in body["messages"]] == ["system", "user", "assistant", "user"]
     assert (body["max_completion_tokens"], body["prompt_cache_key"]) == (256, "t")
@@ -150,7 +159,7 @@ def test_openai_responses() -> None:
     """The newer API: instructions, text.format, nothing stored; output items and usage read back."""
     responses = provider("openai", "gpt-5-mini", api="responses")
     request = responses.build(PROMPT, "hello")
-    assert str(request.url) == "https://api.openai.com/v1/responses"
+    assert str(request.endpoint.url) == "https://api.openai.com/v1/responses"
     body = sent(request)
     assert (body["instructions"], body["store"], body["max_output_tokens"]) == ("Classify.", False, 256)
     assert (body["text"]["format"]["type"], body["text"]["format"]["strict"]) == ("json_schema", True)
@@ -186,21 +195,21 @@ def test_openai_compatible_servers() -> None:
     """Another base URL, the older name of the limit, no cache key, and no header where there is no key."""
     settings = ProviderSettings(provider="openai_compatible", model="qwen", base_url="http://localhost:8000/v1/")
     request = make_provider(settings, "").build(PROMPT, "hello")
-    assert str(request.url) == "http://localhost:8000/v1/chat/completions"
-    assert "authorization" not in request.headers
+    assert str(request.endpoint.url) == "http://localhost:8000/v1/chat/completions"
+    assert "authorization" not in headers(request)
     assert sent(request)["max_tokens"] == 256
     assert "prompt_cache_key" not in sent(request)
     azure = provider("openai_compatible", base_url="https://me.openai.azure.com/openai/v1").build(PROMPT, "x")
-    assert (azure.headers["api-key"], sent(azure)["max_completion_tokens"]) == (KEY, 256)
+    assert (headers(azure)["api-key"], sent(azure)["max_completion_tokens"]) == (KEY, 256)
 
 
 def test_google() -> None:
     """Key in a header, OpenAPI schema with an order, system instruction; thoughts count as output."""
     gemini = provider("google", "gemini-2.5-flash")
     request = gemini.build(PROMPT, "hello", [Turn("bad", "wrong")])
-    assert request.url.path == "/v1beta/models/gemini-2.5-flash:generateContent"
-    assert request.url.query == b""
-    assert request.headers["x-goog-api-key"] == KEY
+    assert request.endpoint.url.path == "/v1beta/models/gemini-2.5-flash:generateContent"
+    assert request.endpoint.url.query == b""
+    assert headers(request)["x-goog-api-key"] == KEY
     body = sent(request)
     assert [c["role"] for c in body["contents"]] == ["user", "model", "user"]
     schema = body["generationConfig"]["responseSchema"]
@@ -256,7 +265,7 @@ ERRORS = [
 def test_error_bodies(status: int, body: Any, again: bool) -> None:
     """Each vendor's errors are told apart: worth another try or not, and never on the bill."""
     response = httpx.Response(status, json=body) if body is not None else httpx.Response(status, text="<html>oops")
-    failure = of_response(response, 0.0)
+    failure = of_response(reply(response), 0.0)
     assert failure is not None
     assert (failure.status, failure.again, failure.billed) == (status, again, False)
     assert failure.message
@@ -288,7 +297,7 @@ def test_error_bodies(status: int, body: Any, again: bool) -> None:
 )
 def test_when_to_come_back(headers: dict[str, str], body: Any, seconds: float | None) -> None:
     """Every vendor's way of saying when to try again is understood; ten seconds into 1970."""
-    failure = of_response(httpx.Response(429, headers=headers, json=body), 10.0)
+    failure = of_response(reply(httpx.Response(429, headers=headers, json=body)), 10.0)
     assert failure is not None
     assert failure.after_s == (None if seconds is None else pytest.approx(seconds))
 
@@ -297,7 +306,7 @@ def test_keys_do_not_survive_in_messages() -> None:
     """A vendor's error that quotes the key, whole or masked, is cleaned of it."""
     for quoted in (KEY, "sk-proj-********************wxyz"):
         body = {"error": {"message": f"Incorrect API key provided: {quoted}.", "type": "invalid_request_error"}}
-        failure = of_response(httpx.Response(401, json=body), 0.0, KEY)
+        failure = of_response(reply(httpx.Response(401, json=body)), 0.0, KEY)
         assert failure is not None
         assert "sk-" not in failure.message
     assert KEY not in repr(provider("anthropic")) + repr(provider("openai")) + repr(provider("google"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import traceback
 from collections import Counter
@@ -29,6 +30,7 @@ from apprentice.errors import (
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.store import Store
 from apprentice.testing import FakeVendor, Fault
+from apprentice.transport import Reply, Request, Sender, async_sender, sender
 
 TASK = TaskSettings(
     name="tickets",
@@ -62,7 +64,7 @@ class School:
     budget: Budget
     store: Store
     time: Time
-    transports: dict[str, httpx.MockTransport]
+    senders: dict[str, Sender]
     slept: list[float]
 
     def ask(self, task: TaskSettings = TASK, request_id: str = "r") -> RemoteAnswer:
@@ -92,10 +94,9 @@ class School:
             answer: RemoteAnswer = end.value
             return answer
 
-    def send(self, request: httpx.Request, deadline_s: float) -> httpx.Response:
-        transport = self.transports[request.url.host]
+    def send(self, request: Request, deadline_s: float) -> Reply:
         try:
-            return transport.handle_request(request)
+            return self.senders[request.endpoint.url.host].send(request, deadline_s)
         except httpx.ReadTimeout:
             self.time.now += deadline_s
             raise
@@ -114,7 +115,7 @@ def school() -> Generator[Any]:
     stores: list[Store] = []
 
     def open_school(*vendors: FakeVendor, daily: str = "100", **remote: Any) -> School:
-        sections, environ, transports = [], {}, {}
+        sections, environ, senders = [], {}, {}
         for n, vendor in enumerate(vendors):
             host = f"vendor{n}.invalid"
             extra = vendor.more if isinstance(vendor, _Weighted) else {}
@@ -122,7 +123,7 @@ def school() -> Generator[Any]:
             section["base_url"] = section["base_url"].replace("vendor.invalid", host)
             section["api_key_env"] = f"KEY{n}"
             environ[f"KEY{n}"] = vendor.key
-            transports[host] = vendor.transport()
+            senders[host] = sender(httpx.Client(transport=vendor.transport()))
             sections.append(section)
         settings = RemoteSettings.model_validate({**sections[0], "additional_providers": sections[1:], **remote})
         store = Store.open("sqlite://")
@@ -130,7 +131,7 @@ def school() -> Generator[Any]:
         budget = Budget(store, BudgetSettings(daily=Decimal(daily)), announce=lambda *_: None)
         time = Time()
         teacher = Teacher(settings, budget, environ, random=random.Random(7), monotonic=time)
-        return School(teacher, budget, store, time, transports, [])
+        return School(teacher, budget, store, time, senders, [])
 
     yield open_school
     for store in stores:
@@ -197,7 +198,8 @@ def test_a_free_form_schema_is_answered(school: Any, vendor: Any) -> None:
     assert room.ask(task).output == {"data": VALUE, "list": [1]}
 
 
-def test_over_a_real_connection() -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_over_a_real_connection(own: bool) -> None:
     """The same path on sockets, sync and async: resets, half bodies and dripping bodies as a network makes them."""
     kinds = ["rate_limited", "overloaded", "reset", "half_body", "not_json", "schema_violation"]
     faults = [Fault(kind, retry_after_s=0.01) for kind in kinds]  # type: ignore[arg-type]
@@ -206,18 +208,22 @@ def test_over_a_real_connection() -> None:
         Store.open("sqlite://") as store,
         ThreadPoolExecutor(2) as threads,
         httpx.Client() as client,
+        contextlib.closing(sender(client if own else None)) as chosen,
     ):
         budget = Budget(store, BudgetSettings())
         settings = RemoteSettings.model_validate(vendor.settings(max_retries=8))
         quick = random.Random(1)
         quick.random = lambda: 0.01  # type: ignore[method-assign]
         teacher = Teacher(settings, budget, vendor.environ, random=quick)
-        answer = run_sync(teacher.ask(TASK, VALUE, "r1"), client, threads)
+        answer = run_sync(teacher.ask(TASK, VALUE, "r1"), chosen, threads)
         assert (answer.output, answer.attempts) == ({"category": "shipping"}, 7)
 
         async def ask() -> RemoteAnswer:
-            async with httpx.AsyncClient() as async_client:
-                return await run_async(teacher.ask(TASK, VALUE, "r2"), async_client, threads)
+            async with (
+                httpx.AsyncClient() as client,
+                contextlib.aclosing(async_sender(client if own else None)) as chosen,
+            ):
+                return await run_async(teacher.ask(TASK, VALUE, "r2"), chosen, threads)
 
         again = asyncio.run(ask())
         assert (again.output, again.attempts) == ({"category": "shipping"}, 7)
@@ -235,7 +241,7 @@ def test_a_dripping_answer_meets_the_deadline() -> None:
         settings = RemoteSettings.model_validate(vendor.settings(deadline_s=0.3))
         teacher = Teacher(settings, Budget(store, BudgetSettings()), vendor.environ)
         with pytest.raises(RemoteUnavailable, match="still arriving"):
-            run_sync(teacher.ask(TASK, VALUE, "r"), client, threads)
+            run_sync(teacher.ask(TASK, VALUE, "r"), sender(client), threads)
         assert [row.state for row in store.spend()] == ["lost"]
 
 

@@ -26,11 +26,12 @@ from apprentice.store import (
     TaskState,
     Usage,
     VersionRecord,
+    migrations,
 )
 
 
 def example(n: int, task: str = "a", **values: Any) -> ExampleRecord:
-    made = ExampleRecord(f"x{n}", task, {"text": f"t{n}"}, {"label": "l"}, "anthropic", "m", f"d{n}", float(n))
+    made = ExampleRecord(f"x{n}", task, {"text": f"t{n}"}, {"label": "l"}, "anthropic", "m", float(n))
     return replace(made, **values)
 
 
@@ -380,6 +381,23 @@ def test_stores_open_together(url: str) -> None:
     assert [one.count_examples("a") for one in opened] == [8] * 8
     for one in opened:
         one.close()
+
+
+def test_an_older_store_is_brought_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of the first shape, with an example in it, loses nothing by the steps that came later."""
+    with monkeypatch.context() as patch:
+        patch.setattr(migrations, "_STEPS", migrations._STEPS[:7])
+        patch.setattr(migrations, "LATEST", 7)
+        with Store.open(url) as store, store._database.write(durable=True) as tx:
+            columns = "id, task, input, output, provider, model, input_digest, created_at"
+            tx.run_text(
+                f"INSERT INTO examples ({columns}) VALUES "
+                """('x1', 'a', '{"text":"t1"}', '{"label":"l"}', 'anthropic', 'm', 'd', 1.0)"""
+            )
+    with Store.open(url) as store:
+        assert [replace(one, seq=0) for one in store.examples("a")] == [example(1)]
+        store.add_example(example(2))
+        assert store.count_examples("a") == 2
 
 
 def test_a_newer_store_is_refused(url: str) -> None:
