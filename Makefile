@@ -28,7 +28,7 @@ demo: setup ## replay 660 support tickets through the whole system, training inc
 lint: setup ## format check, lint, types, import contracts
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
-	$(RUN) mypy apprentice flows serving
+	$(RUN) mypy apprentice flows serving benchmarks
 	$(RUN) lint-imports
 
 format: setup ## format and fix what can be fixed
@@ -41,8 +41,8 @@ test: lint ## lint, types, import contracts and every test but the slow ones
 test-all: lint ## everything, slow tests included
 	$(RUN) pytest -m ""
 
-bench: setup ## print every benchmark's figures beside what they are compared with
-	$(RUN) python -m benchmarks
+bench: setup ## print the benchmarks' figures beside what they are compared with; DATA=FOLDER of recorded answers adds the engines
+	$(RUN) python -m benchmarks $(if $(DATA),--data $(DATA))
 
 clean: ## remove what the demo and the tests left; the environment stays
 	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

@@ -58,6 +58,7 @@ def main(rows: int = 64, epochs: int = 2) -> None:
 
 
 def _ours(rows: list[TokenRow], base: Any, recipe: Recipe) -> float:
+    from flows.trainers.crew import Alone
     from flows.trainers.loop import Checkpoint, Loop
     from flows.trainers.peft import with_lora
 
@@ -66,7 +67,7 @@ def _ours(rows: list[TokenRow], base: Any, recipe: Recipe) -> float:
     heard: list[Progress] = []
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        loop = Loop(recipe, rows, [], lora, model, heard.append, time.monotonic)
+        loop = Loop(recipe, rows, [], lora, model, heard.append, time.monotonic, Alone())
         outcome = loop.run(Checkpoint(Path(folder) / "checkpoint.pt", "benchmark", recipe))
         return outcome.tokens / (time.perf_counter() - started)
 
@@ -74,10 +75,10 @@ def _ours(rows: list[TokenRow], base: Any, recipe: Recipe) -> float:
 def _trl(examples: list[TrainingRow], base: str, recipe: Recipe, tokenizer: Any) -> float:
     """The same rows as prompt and completion, which makes SFTTrainer put the loss on the answer alone."""
     import torch
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]  # it has no stubs
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, Trainer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # exported lazily
 
     frame = Frame.of_tokenizer(tokenizer)
     pairs = [
