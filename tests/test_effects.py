@@ -5,15 +5,23 @@ import contextlib
 import gzip
 import http.server
 import json
+import pathlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from apprentice.effects import Both, Call, Outcome, Path, Send, Sleep, run_async, run_sync
 from apprentice.transport import Endpoint, Reply, Request, async_sender, sender
@@ -226,6 +234,49 @@ def test_connections_are_kept_and_those_that_the_server_closed_are_not_used(kept
             if last == "/last":
                 time.sleep(0.1)  # for the server's end of the connection to arrive here
     assert len(KeptAlive.connections) == 2
+
+
+@pytest.fixture
+def certificate(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A certificate for 127.0.0.1 that nobody but its maker trusts, and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vendor")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = tmp_path / "vendor.pem"
+    path.write_bytes(private + signed.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@both_drivers
+def test_a_vendors_certificate_is_checked(
+    driver: str, certificate: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over TLS, to whom the environment trusts; to anybody else nothing is sent, so nothing is billed."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), KeptAlive) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever).start()
+
+        def path() -> Path[Reply]:
+            return (yield post(f"https://127.0.0.1:{server.server_port}/v1"))
+
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            walk_by(driver, path(), own=False)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert walk_by(driver, path(), own=False).status == 200
+        server.shutdown()
 
 
 def test_threads_have_connections_of_their_own(kept_alive: str) -> None:
