@@ -9,7 +9,6 @@ import pathlib
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -216,11 +215,22 @@ class KeptAlive(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+class ClosesInSight(http.server.ThreadingHTTPServer):
+    """Tells when a connection has been closed."""
+
+    closed = threading.Event()
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.closed.set()
+
+
 @pytest.fixture
 def kept_alive() -> Iterator[str]:
     """The address of a `KeptAlive` server."""
     KeptAlive.connections.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), KeptAlive) as server:
+    ClosesInSight.closed.clear()
+    with ClosesInSight(("127.0.0.1", 0), KeptAlive) as server:
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -232,7 +242,7 @@ def test_connections_are_kept_and_those_that_the_server_closed_are_not_used(kept
         for last in ("/a", "/b", "/last", "/c", "/d"):
             assert direct.send(Request(Endpoint(kept_alive + last), b"{}"), 5.0).status == 200
             if last == "/last":
-                time.sleep(0.1)  # for the server's end of the connection to arrive here
+                assert ClosesInSight.closed.wait(10)
     assert len(KeptAlive.connections) == 2
 
 
