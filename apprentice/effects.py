@@ -5,11 +5,11 @@ drivers carry effects out: `run_sync` by a `Sender` and threads, `run_async` by 
 So `Apprentice` and `AsyncApprentice` are the same path, and a test can drive it with no network, no clock and no sleep.
 
     def path() -> Path[int]:
-        reply = yield Send(request, deadline_s=5.0)
+        response = yield Send(request, deadline_s=5.0)
         yield Sleep(0.1)
         row = yield Call(lambda: store.read())          # anything that blocks
         first, second = yield Both(path_a(), path_b())  # two paths at once, each an Outcome
-        return reply.status
+        return response.status
 
 An effect that fails raises its exception inside the path, where it was yielded.
 """

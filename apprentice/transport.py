@@ -22,7 +22,7 @@ from typing import Protocol, cast
 import httpcore
 import httpx
 
-__all__ = ["AsyncSender", "Endpoint", "Reply", "Request", "Sender", "async_sender", "sender"]
+__all__ = ["AsyncSender", "Endpoint", "Request", "Response", "Sender", "async_sender", "sender"]
 
 _JSON_HEADERS = (("content-type", "application/json"), ("accept", "application/json"), ("user-agent", "apprentice"))
 _TIMEOUTS = ("connect", "read", "write", "pool")  # httpx's own, each of one wait
@@ -66,7 +66,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Response:
     """A whole answer, its body decoded."""
 
     status: int
@@ -82,7 +82,7 @@ class Reply:
 class Sender(Protocol):
     """Sends requests; safe to share between threads."""
 
-    def send(self, request: Request, deadline_s: float) -> Reply:
+    def send(self, request: Request, deadline_s: float) -> Response:
         """The answer, with its whole body, within ``deadline_s``. Raises `httpx.HTTPError`."""
 
     def close(self) -> None: ...
@@ -91,7 +91,7 @@ class Sender(Protocol):
 class AsyncSender(Protocol):
     """Sends requests on an event loop."""
 
-    async def send(self, request: Request, deadline_s: float) -> Reply:
+    async def send(self, request: Request, deadline_s: float) -> Response:
         """As `Sender.send`."""
 
     async def aclose(self) -> None: ...
@@ -125,7 +125,7 @@ class _Connections:
         self._pid = os.getpid()
         self._idle: dict[_Origin, deque[httpcore.HTTPConnection]] = {}
 
-    def send(self, request: Request, deadline_s: float) -> Reply:
+    def send(self, request: Request, deadline_s: float) -> Response:
         ends = time.monotonic() + deadline_s
         address = self._addresses.get(request.endpoint) or self._look_up(request.endpoint)
         asked = httpcore.Request(
@@ -154,7 +154,7 @@ class _Connections:
                 raise _AS_HTTPX[type(error)](str(error)) from error
             raise
         self._give_back(idle, connection)
-        return Reply(answer.status, _decoded(body, answer.headers), answer.headers)
+        return Response(answer.status, _decoded(body, answer.headers), answer.headers)
 
     def _look_up(self, endpoint: Endpoint) -> _Address:
         url = endpoint.url
@@ -255,7 +255,7 @@ class _ByClient:
         self._client = client
         self._owned = owned
 
-    def send(self, request: Request, deadline_s: float) -> Reply:
+    def send(self, request: Request, deadline_s: float) -> Response:
         ends = time.monotonic() + deadline_s
         response = self._client.send(_as_httpx(request, deadline_s), stream=True)
         response.stream = _Hurried(cast(httpx.SyncByteStream, response.stream), ends)
@@ -263,7 +263,7 @@ class _ByClient:
             response.read()
         finally:
             response.close()
-        return _reply(response)
+        return _of_httpx(response)
 
     def close(self) -> None:
         if self._owned:
@@ -275,9 +275,9 @@ class _ByAsyncClient:
         self._client = client
         self._owned = owned
 
-    async def send(self, request: Request, deadline_s: float) -> Reply:
+    async def send(self, request: Request, deadline_s: float) -> Response:
         async with _within(deadline_s):
-            return _reply(await self._client.send(_as_httpx(request, deadline_s)))
+            return _of_httpx(await self._client.send(_as_httpx(request, deadline_s)))
 
     async def aclose(self) -> None:
         if self._owned:
@@ -288,14 +288,14 @@ class _ByAsyncTransport:
     def __init__(self) -> None:
         self._transport = httpx.AsyncHTTPTransport()
 
-    async def send(self, request: Request, deadline_s: float) -> Reply:
+    async def send(self, request: Request, deadline_s: float) -> Response:
         async with _within(deadline_s):
             response = await self._transport.handle_async_request(_as_httpx(request, deadline_s))
             try:
                 await response.aread()
             finally:
                 await response.aclose()
-        return _reply(response)
+        return _of_httpx(response)
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -307,8 +307,8 @@ def _as_httpx(request: Request, deadline_s: float) -> httpx.Request:
     return httpx.Request("POST", endpoint.url, headers=endpoint.headers, content=request.content, extensions=waits)
 
 
-def _reply(response: httpx.Response) -> Reply:
-    return Reply(response.status_code, response.content, response.headers.raw)
+def _of_httpx(response: httpx.Response) -> Response:
+    return Response(response.status_code, response.content, response.headers.raw)
 
 
 @contextlib.asynccontextmanager

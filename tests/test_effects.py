@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from apprentice.effects import Both, Call, Outcome, Path, Send, Sleep, run_async, run_sync
-from apprentice.transport import Endpoint, Reply, Request, async_sender, sender
+from apprentice.transport import Endpoint, Request, Response, async_sender, sender
 
 
 def answer(request: httpx.Request) -> httpx.Response:
@@ -51,8 +51,8 @@ both_drivers = pytest.mark.parametrize("driver", ["sync", "async"])
 
 
 def ask(path: str) -> Path[str]:
-    reply = yield post(f"http://remote{path}")
-    return str(json.loads(reply.content)["path"])
+    response = yield post(f"http://remote{path}")
+    return str(json.loads(response.content)["path"])
 
 
 @both_drivers
@@ -148,7 +148,7 @@ def walk_by(driver: str, path: Path[Any], *, own: bool) -> Any:
 def test_without_a_client_of_ones_own_answers_are_the_same(driver: str) -> None:
     """Over the bare transport: the answer of a real server, decoded, and an error that says what failed."""
 
-    def path(url: str) -> Path[Reply]:
+    def path(url: str) -> Path[Response]:
         return (yield post(url))
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -182,7 +182,7 @@ def test_proxies_that_the_environment_names_are_used(driver: str, monkeypatch: p
             self.send_header("content-length", "0")
             self.end_headers()
 
-    def path() -> Path[Reply]:
+    def path() -> Path[Response]:
         return (yield post("http://vendor.invalid/v1"))
 
     for name in ("http_proxy", "no_proxy", "NO_PROXY"):
@@ -279,7 +279,7 @@ def test_a_vendors_certificate_is_checked(
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever).start()
 
-        def path() -> Path[Reply]:
+        def path() -> Path[Response]:
             return (yield post(f"https://127.0.0.1:{server.server_port}/v1"))
 
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -293,8 +293,8 @@ def test_threads_have_connections_of_their_own(kept_alive: str) -> None:
     """Fifty requests by five threads: every one answered, by no more connections than threads."""
     with contextlib.closing(sender()) as direct, ThreadPoolExecutor(5) as threads:
         endpoint = Endpoint(kept_alive)
-        replies = list(threads.map(lambda n: direct.send(Request(endpoint, b"%d" % n), 5.0).status, range(50)))
-    assert replies == [200] * 50
+        statuses = list(threads.map(lambda n: direct.send(Request(endpoint, b"%d" % n), 5.0).status, range(50)))
+    assert statuses == [200] * 50
     assert 1 <= len(KeptAlive.connections) <= 5
 
 

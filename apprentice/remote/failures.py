@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from apprentice.transport import Reply
+from apprentice.transport import Response
 
 __all__ = ["Failure", "of_exception", "of_response", "retry_after_s", "without_secrets"]
 
@@ -51,7 +51,7 @@ def of_exception(error: httpx.HTTPError) -> Failure:
     return Failure(what, billed=not unsent)
 
 
-def of_response(response: Reply, now: float, key: str = "") -> Failure | None:
+def of_response(response: Response, now: float, key: str = "") -> Failure | None:
     """What a response means that is not 2xx; None where it is. ``now`` in Unix seconds."""
     status = response.status
     if 200 <= status < 300:
@@ -95,7 +95,7 @@ def without_secrets(text: str, key: str) -> str:
     return _KEYLIKE.sub("***", text)
 
 
-def _error_object(response: Reply) -> dict[str, Any]:
+def _error_object(response: Response) -> dict[str, Any]:
     try:
         body = json.loads(response.content)
     except ValueError:
@@ -106,7 +106,7 @@ def _error_object(response: Reply) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-def _message(error: Mapping[str, Any], response: Reply) -> str:
+def _message(error: Mapping[str, Any], response: Response) -> str:
     text = response.content.decode("utf-8", "replace")
     text = str(error.get("message") or text or httpx.codes.get_reason_phrase(response.status)).strip()
     kind = error.get("type") or error.get("status")

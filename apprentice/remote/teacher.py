@@ -43,7 +43,7 @@ from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import Completion, MalformedAnswer, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
 from apprentice.store import Reservation, Settlement, Usage
-from apprentice.transport import Reply, Request
+from apprentice.transport import Request, Response
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
 
@@ -329,7 +329,9 @@ class Teacher:
             raise RemoteUnavailable(name, failure.message, status=failure.status)
         raise RemoteRefused(name, failure.message, status=failure.status)
 
-    def _attempt(self, source: _Source, request: Request, within_s: float) -> Path[tuple[Reply | None, Failure | None]]:
+    def _attempt(
+        self, source: _Source, request: Request, within_s: float
+    ) -> Path[tuple[Response | None, Failure | None]]:
         """Send once. The exception is dropped here: it holds the request, and the request holds the key."""
         try:
             response = yield Send(request, within_s)
@@ -354,7 +356,7 @@ class Teacher:
                 return False
             yield Sleep(wait)
 
-    def _read(self, source: _Source, response: Reply) -> tuple[Completion | None, Failure | None]:
+    def _read(self, source: _Source, response: Response) -> tuple[Completion | None, Failure | None]:
         try:
             body = json.loads(response.content)
             return source.provider.parse(body), None

@@ -14,7 +14,7 @@ from apprentice.remote.provider import Prompt, Turn
 from apprentice.remote.teacher import make_provider
 from apprentice.schema import parse_schema
 from apprentice.store import Usage
-from apprentice.transport import Reply, Request
+from apprentice.transport import Request, Response
 
 KEY = "sk-ant-REDACTED"
 SCHEMA = parse_schema({"label": ["a", "b"], "note": "str?"}).json_schema
@@ -36,8 +36,8 @@ def headers(request: Request) -> httpx.Headers:
     return httpx.Headers(request.endpoint.headers)
 
 
-def reply(response: httpx.Response) -> Reply:
-    return Reply(response.status_code, response.content, response.headers.raw)
+def received(response: httpx.Response) -> Response:
+    return Response(response.status_code, response.content, response.headers.raw)
 
 
 def test_anthropic_asks_for_structured_output() -> None:
@@ -265,7 +265,7 @@ ERRORS = [
 def test_error_bodies(status: int, body: Any, again: bool) -> None:
     """Each vendor's errors are told apart: worth another try or not, and never on the bill."""
     response = httpx.Response(status, json=body) if body is not None else httpx.Response(status, text="<html>oops")
-    failure = of_response(reply(response), 0.0)
+    failure = of_response(received(response), 0.0)
     assert failure is not None
     assert (failure.status, failure.again, failure.billed) == (status, again, False)
     assert failure.message
@@ -297,7 +297,7 @@ def test_error_bodies(status: int, body: Any, again: bool) -> None:
 )
 def test_when_to_come_back(headers: dict[str, str], body: Any, seconds: float | None) -> None:
     """Every vendor's way of saying when to try again is understood; ten seconds into 1970."""
-    failure = of_response(reply(httpx.Response(429, headers=headers, json=body)), 10.0)
+    failure = of_response(received(httpx.Response(429, headers=headers, json=body)), 10.0)
     assert failure is not None
     assert failure.after_s == (None if seconds is None else pytest.approx(seconds))
 
@@ -306,7 +306,7 @@ def test_keys_do_not_survive_in_messages() -> None:
     """A vendor's error that quotes the key, whole or masked, is cleaned of it."""
     for quoted in (KEY, "sk-proj-********************wxyz"):
         body = {"error": {"message": f"Incorrect API key provided: {quoted}.", "type": "invalid_request_error"}}
-        failure = of_response(reply(httpx.Response(401, json=body)), 0.0, KEY)
+        failure = of_response(received(httpx.Response(401, json=body)), 0.0, KEY)
         assert failure is not None
         assert "sk-" not in failure.message
     assert KEY not in repr(provider("anthropic")) + repr(provider("openai")) + repr(provider("google"))

@@ -30,7 +30,7 @@ from apprentice.errors import (
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.store import Store
 from apprentice.testing import FakeVendor, Fault
-from apprentice.transport import Reply, Request, Sender, async_sender, sender
+from apprentice.transport import Request, Response, Sender, async_sender, sender
 
 TASK = TaskSettings(
     name="tickets",
@@ -94,7 +94,7 @@ class School:
             answer: RemoteAnswer = end.value
             return answer
 
-    def send(self, request: Request, deadline_s: float) -> Reply:
+    def send(self, request: Request, deadline_s: float) -> Response:
         try:
             return self.senders[request.endpoint.url.host].send(request, deadline_s)
         except httpx.ReadTimeout:
