@@ -232,16 +232,38 @@ def test_prefect_shows_a_run_and_its_steps(home: Any, trainer: Any, prefect: Non
     assert {"dataset-mood", "training-mood", "held-out-mood", "promotion-mood"} <= keys
 
 
-def test_every_deployment_names_a_flow_that_exists() -> None:
-    """prefect.yaml and the code agree on entry points and parameters."""
-    import importlib
+def test_every_kind_of_work_pool_takes_the_deployments(home: Any, tmp_path: Path) -> None:
+    """`prefect deploy --all` on a real server, onto a pool of each kind; a process worker then runs one of them."""
+    port = _free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_API_URL": api,
+        "APPRENTICE_CHECKOUT": str(ROOT),
+        "PYTHONPATH": str(ROOT),
+    }
 
-    import yaml
+    def prefect(*arguments: str) -> None:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
-    document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-    assert {d["name"] for d in document["deployments"]} >= {"due", "observe", "finetune"}
-    for deployment in document["deployments"]:
-        path, name = deployment["entrypoint"].split(":")
-        flow: Callable[..., Any] = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
-        known = set(flow.parameters.properties)  # type: ignore[attr-defined]
-        assert set(deployment["parameters"]) <= known
+    with _server(tmp_path, f"{api}/health", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)):
+        for kind in ("docker", "kubernetes", "process"):
+            template = () if kind == "process" else ("--base-job-template", f"deploy/{kind}.json")
+            prefect("work-pool", "create", "coach", "--type", kind, *template)
+            prefect("deploy", "--all")
+            deployed = httpx.post(f"{api}/deployments/filter", json={}).raise_for_status().json()
+            assert {d["work_pool_name"] for d in deployed} == {"coach"}
+            assert {d["name"] for d in deployed} == {"due", "observe", "curate", "finetune", "validate", "promote"}
+            if kind != "process":
+                prefect("work-pool", "delete", "coach")
+        prefect("deployment", "run", "observe/observe", "--param", f"config={home.config}")
+        prefect("worker", "start", "--pool", "coach", "--run-once")
+        (ran,) = [
+            run
+            for run in httpx.post(f"{api}/flow_runs/filter", json={}).raise_for_status().json()
+            if run["parameters"] == {"config": str(home.config)}
+        ]
+        assert ran["state_name"] == "Completed", ran["state"]
