@@ -132,7 +132,7 @@ def _carry_out(shop: Workshop, run: RunRecord) -> RunRecord:
                     f"a server of the training flows cannot be reached ({message}); the run is kept"
                 ) from error
             if not isinstance(error, _FINAL) and run.attempts < MOST_ATTEMPTS:
-                _log.warning("%s: the step %s failed, trying again: %s", run.task, run.step, message)
+                _log.warning("%s: %s, trying again: %s", run.task, _where(run), message)
                 run = shop.store.update_run(run.id, error=message, attempts=run.attempts + 1)
                 continue
             run = _fail(shop, run, message)
@@ -142,6 +142,10 @@ def _carry_out(shop: Workshop, run: RunRecord) -> RunRecord:
         run = shop.store.update_run(run.id, state="completed" if promoted else "rejected", error="")
         _end_tracked(shop, run, failed=False)
         return run
+
+
+def _where(run: RunRecord) -> str:
+    return f"the step {run.step} failed" if run.step else "the run could not begin"
 
 
 def is_outage(error: BaseException) -> bool:
@@ -218,18 +222,24 @@ def prefect_at(settings: Settings) -> Iterator[None]:
     """Let Prefect keep its records beside the configuration, where no Prefect server is configured.
 
     Without PREFECT_API_URL the first flow of a process starts a temporary server, which takes Prefect about 20 s on
-    an idle machine and is given three minutes here.
+    an idle machine, its own limit, and is given three minutes here. A PREFECT_HOME of the user's own is kept.
     """
-    if PREFECT_API_URL.value() or "PREFECT_HOME" in os.environ:
+    if PREFECT_API_URL.value():
         yield
         return
-    values: dict[Any, Any] = {
+    patience: dict[Any, Any] = {}
+    if "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS" not in os.environ:
+        patience[PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS] = 180
+    if "PREFECT_HOME" in os.environ:
+        with temporary_settings(updates=patience):
+            yield
+        return
+    beside: dict[Any, Any] = {
         PREFECT_HOME: settings.root / ".prefect",
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
         PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
     }
-    with temporary_settings(updates=values), _quiet_console():
+    with temporary_settings(updates=beside | patience), _quiet_console():
         yield
 
 

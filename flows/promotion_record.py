@@ -11,6 +11,16 @@ from flows.steps import Validated
 
 __all__ = ["promotion_record"]
 
+# The gate's conditions, in words for who has not read it.
+_WORDS = {
+    "schema_validity": "answers within the schema",
+    "probe_active": "the adapter changes the base model's answers",
+    "probe_reproduced": "probe answers given again",
+    "correlation_low": "correlation, lower 95 % bound",
+    "correlation": "correlation",
+    "not_worse_than_champion": "difference from the champion, lower bound",
+}
+
 
 def promotion_record(
     version: VersionRecord, run: RunRecord, validated: Validated, verdict: Verdict, card: Card, *, waits: bool
@@ -22,12 +32,12 @@ def promotion_record(
     lines = [
         f"# {version.task} {version.name}: {decided}",
         "",
-        verdict.reason,
+        _in_short(verdict),
         "",
         "| condition | figure | needed | |",
-        "| --- | ---: | ---: | --- |",
+        "| :--- | ---: | ---: | --- |",
         *(
-            f"| {c.name} | {c.value:.4f} | {c.needed:.4f} | {'passed' if c.passed else 'failed'} |"
+            f"| {_WORDS[c.name]} | {c.value:.3f} | {c.needed:.3f} | {'passed' if c.passed else '**failed**'} |"
             for c in verdict.checks
         ),
         "",
@@ -35,11 +45,11 @@ def promotion_record(
         f"({validated.answers_per_s:.1f} answers/s), {valid} within the schema:",
         "",
         "| | value | 95 % interval |",
-        "| --- | ---: | --- |",
-        f"| agreement | {validated.agreement:.4f} | {validated.agreement_low:.4f} to {validated.agreement_high:.4f} |",
-        f"| correlation | {validated.correlation:.4f} | "
-        f"{validated.correlation_low:.4f} to {validated.correlation_high:.4f} |",
-        *(f"| {name} | {value:.4f} | |" for name, value in validated.fields.items()),
+        "| :--- | ---: | --- |",
+        f"| agreement | {validated.agreement:.3f} | {validated.agreement_low:.3f} to {validated.agreement_high:.3f} |",
+        f"| correlation | {validated.correlation:.3f} | "
+        f"{validated.correlation_low:.3f} to {validated.correlation_high:.3f} |",
+        *(f"| agreement of `{name}` | {value:.3f} | |" for name, value in validated.fields.items()),
         "",
         f"Compared with champion {validated.champion}." if validated.champion else "There was no champion before it.",
         *(f"{note}." for note in validated.notes),
@@ -58,5 +68,21 @@ def promotion_record(
         ("Toolchain", version.record.get("toolchain", {})),
     ):
         if values:
-            lines += ["", f"## {title}", "", *(f"- {name}: {value}" for name, value in values.items())]
+            lines += ["", f"## {title}", "", *(f"- {name}: {_plain(value)}" for name, value in values.items())]
     return "\n".join(lines) + "\n"
+
+
+def _in_short(verdict: Verdict) -> str:
+    """Why, in one line; the figures are in the table below it."""
+    failed = [_WORDS[check.name] for check in verdict.checks if not check.passed]
+    if failed:
+        return "The gate refuses it for: " + "; ".join(failed) + "."
+    return (
+        f"All {len(verdict.checks)} conditions of the gate hold."
+        if verdict.checks
+        else f"Not judged: {verdict.reason}."
+    )
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -133,7 +133,9 @@ class Tracking:
             return str(found.experiment_id)
         try:
             location = f"{self._artifacts}/{task}" if self._artifacts else None
-            return str(self._client.create_experiment(name, artifact_location=location))
+            # MLflow's pages show an experiment as one of agents unless they are told that models are trained in it.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException:
             found = self._client.get_experiment_by_name(name)  # somebody was quicker
             if found is None:

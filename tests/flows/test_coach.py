@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    temporary_settings,
+)
 
 from apprentice.errors import TrainingError
-from flows.coach import Busy, coach_task, due_reason, held_lease
+from flows.coach import Busy, coach_task, due_reason, held_lease, prefect_at
 from flows.review import before, crown, follow
 from flows.tracking import CANDIDATE, CHAMPION
 from flows.workshop import Workshop
@@ -68,6 +74,9 @@ def test_a_better_candidate_takes_over_and_a_worse_one_does_not(home: Any, train
     loser = home.store.version("mood", third.version)
     assert loser.status == "rejected"
     assert "not_worse_than_champion" in loser.reason
+    record = (Path(loser.adapter) / "promotion.md").read_text()
+    assert "The gate refuses it for: correlation; difference from the champion, lower bound." in record
+    assert record.count("**failed**") == 2
     assert home.store.version("mood", first.version).status == "retired"
     assert [run.state for run in home.store.runs("mood")] == ["completed", "completed", "rejected"]
 
@@ -257,3 +266,18 @@ def test_a_version_nobody_has_is_named(home: Any, trainer: Any) -> None:
     with pytest.raises(TrainingError, match=r"it has v90of\d+ \(champion\)"):
         before(shop, "mood", "nonsense")
     shop.close()
+
+
+def test_prefect_is_given_time_to_start(home: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three minutes for a temporary server, in a Prefect home of the user's own too; what the user says, holds."""
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        with prefect_at(home.settings):
+            assert PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value() == 180
+            assert home.settings.root / ".prefect" == PREFECT_HOME.value()
+        monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+        with prefect_at(home.settings):
+            assert PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value() == 180
+            assert tmp_path == PREFECT_HOME.value()
+        monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "7")
+        with prefect_at(home.settings):
+            assert PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value() == 7
