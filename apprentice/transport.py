@@ -15,7 +15,7 @@ import os
 import time
 import urllib.request
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -25,7 +25,6 @@ import httpx
 __all__ = ["AsyncSender", "Endpoint", "Request", "Response", "Sender", "async_sender", "sender"]
 
 _JSON_HEADERS = (("content-type", "application/json"), ("accept", "application/json"), ("user-agent", "apprentice"))
-_TIMEOUTS = ("connect", "read", "write", "pool")  # httpx's own, each of one wait
 _KEEP_ALIVE_S = 5.0  # httpx's own default
 _STILL_ARRIVING = "the answer was still arriving at its deadline"
 
@@ -133,7 +132,7 @@ class _Connections:
             address.url,
             headers=[*address.headers, (b"content-length", b"%d" % len(request.content))],
             content=request.content,
-            extensions={"timeout": dict.fromkeys(_TIMEOUTS, deadline_s)},
+            extensions={"timeout": _TimeLeft(ends)},
         )
         idle = self._idle_to(address.origin)
         connection = self._take(idle) or httpcore.HTTPConnection(
@@ -204,6 +203,30 @@ class _Connections:
         self._idle = {}
 
 
+class _TimeLeft(Mapping[str, float]):
+    """The time-outs of a request that must be over by ``ends``, in seconds: what is left when they are looked up.
+
+    To httpx and httpcore each is the limit of one wait, looked up as the wait begins. With fixed ones a request that
+    is slow to connect and slow to answer takes twice its deadline.
+    """
+
+    _WAITS = ("connect", "read", "write", "pool")
+
+    def __init__(self, ends: float) -> None:
+        self._ends = ends
+
+    def __getitem__(self, wait: str) -> float:
+        if wait not in self._WAITS:
+            raise KeyError(wait)
+        return max(0.001, self._ends - time.monotonic())  # 0 means to a socket that it must not wait at all
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._WAITS)
+
+    def __len__(self) -> int:
+        return len(self._WAITS)
+
+
 class _Stream(Protocol):
     """The body of one of httpcore's responses."""
 
@@ -257,7 +280,7 @@ class _ByClient:
 
     def send(self, request: Request, deadline_s: float) -> Response:
         ends = time.monotonic() + deadline_s
-        response = self._client.send(_as_httpx(request, deadline_s), stream=True)
+        response = self._client.send(_as_httpx(request, ends), stream=True)
         response.stream = _Hurried(cast(httpx.SyncByteStream, response.stream), ends)
         try:
             response.read()
@@ -276,8 +299,8 @@ class _ByAsyncClient:
         self._owned = owned
 
     async def send(self, request: Request, deadline_s: float) -> Response:
-        async with _within(deadline_s):
-            return _of_httpx(await self._client.send(_as_httpx(request, deadline_s)))
+        async with _within(deadline_s) as ends:
+            return _of_httpx(await self._client.send(_as_httpx(request, ends)))
 
     async def aclose(self) -> None:
         if self._owned:
@@ -289,8 +312,8 @@ class _ByAsyncTransport:
         self._transport = httpx.AsyncHTTPTransport()
 
     async def send(self, request: Request, deadline_s: float) -> Response:
-        async with _within(deadline_s):
-            response = await self._transport.handle_async_request(_as_httpx(request, deadline_s))
+        async with _within(deadline_s) as ends:
+            response = await self._transport.handle_async_request(_as_httpx(request, ends))
             try:
                 await response.aread()
             finally:
@@ -301,9 +324,9 @@ class _ByAsyncTransport:
         await self._transport.aclose()
 
 
-def _as_httpx(request: Request, deadline_s: float) -> httpx.Request:
+def _as_httpx(request: Request, ends: float) -> httpx.Request:
     endpoint = request.endpoint
-    waits = {"timeout": dict.fromkeys(_TIMEOUTS, deadline_s)}
+    waits = {"timeout": _TimeLeft(ends)}
     return httpx.Request("POST", endpoint.url, headers=endpoint.headers, content=request.content, extensions=waits)
 
 
@@ -312,9 +335,9 @@ def _of_httpx(response: httpx.Response) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def _within(deadline_s: float) -> AsyncIterator[None]:
+async def _within(deadline_s: float) -> AsyncIterator[float]:
     try:
         async with asyncio.timeout(deadline_s):
-            yield
+            yield time.monotonic() + deadline_s
     except TimeoutError:
         raise httpx.ReadTimeout(_STILL_ARRIVING) from None

@@ -9,7 +9,7 @@ import pathlib
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -331,3 +331,24 @@ def test_a_compressed_answer_is_decoded_once(driver: str) -> None:
         return httpx.Response(200, content=body, headers={"content-encoding": "gzip"})
 
     assert walk(driver, ask("/a"), handler) == "zipped"
+
+
+def test_every_wait_of_a_request_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting, writing and reading share the deadline: each may wait for what the others have left."""
+    now = [100.0]
+    monkeypatch.setattr("apprentice.transport.time.monotonic", lambda: now[0])
+    seen: list[Mapping[str, float]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.extensions["timeout"])
+        return httpx.Response(200, content=b"{}")
+
+    with httpx.Client(transport=httpx.MockTransport(answer)) as client:
+        assert sender(client).send(Request(Endpoint("http://vendor/v1"), b"{}"), 10.0).content == b"{}"
+    (waits,) = seen
+    assert dict(waits) == {"connect": 10.0, "read": 10.0, "write": 10.0, "pool": 10.0}
+    now[0] = 107.0
+    assert waits.get("read") == 3.0
+    now[0] = 120.0
+    assert waits.get("read") == 0.001  # 0 would mean not to wait at all
+    assert waits.get("trace") is None
