@@ -88,13 +88,14 @@ def run_together(settings: Settings, config: Path, *, port: int, prefect_port: i
             log.close()
             running.append((member, process))
             if member.ready is not None and not _ready(member, process, stop):
-                break
+                if stop.is_set():
+                    return
+                raise _failed(member, process, logs)
             click.echo(f"{member.name:<8} {member.page or 'is watching'}")
-        ended: list[str] = []
-        while not stop.wait(0.5) and not ended:
-            ended = [member.name for member, process in running if process.poll() is not None]
-        if ended:
-            raise TrainingError(f"{ended[0]} ended by itself; read {logs / ended[0]}.log. Everything was stopped.")
+        while not stop.wait(0.5):
+            for member, process in running:
+                if process.poll() is not None:
+                    raise _failed(member, process, logs)
     finally:
         for member, process in reversed(running):
             _stop(process)
@@ -111,6 +112,11 @@ def _ready(member: Member, process: subprocess.Popen[bytes], stop: threading.Eve
             if httpx.get(str(member.ready), timeout=2.0).status_code < 500:
                 return True
     return False
+
+
+def _failed(member: Member, process: subprocess.Popen[bytes], logs: Path) -> TrainingError:
+    how = f"did not answer within {_READY_S:.0f} s" if process.poll() is None else "ended by itself"
+    return TrainingError(f"{member.name} {how}; read {logs / member.name}.log. Everything was stopped.")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from apprentice.errors import TrainingError
 from apprentice.store.records import RunRecord
 from flows.commands import coach, promote, rollback
 from flows.dispatch import due_tasks, watch
 from flows.review import follow
 from flows.tracking import CHAMPION
-from flows.up import members
+from flows.up import Member, members, run_together
 from flows.workshop import Workshop
 
 pytestmark = [
@@ -97,3 +102,43 @@ def test_up_starts_what_a_machine_needs(home: Any) -> None:
     elsewhere = home.settings.model_copy(update={"tracking": tracking})
     names = [m.name for m in members(elsewhere, home.config, port=1, prefect_port=2, mlflow_port=3)]
     assert names == ["prefect", "coach", "router"]
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """`run_together` takes Ctrl-C for itself; the test runner wants it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _member(name: str, code: str, ready: str | None = None) -> Member:
+    return Member(name, (sys.executable, "-c", code), {}, ready)
+
+
+_WATCHES = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+_AFTER_IT = "import os, time\nwhile not os.path.exists('pid') or not open('pid').read(): time.sleep(0.05)\n"
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize(
+    ("fails", "ready", "told"),
+    [
+        ("raise SystemExit(3)", None, "router ended by itself"),
+        ("raise SystemExit(3)", "http://127.0.0.1:9/", "router ended by itself"),
+        ("time.sleep(600)", "http://127.0.0.1:9/", "router did not answer within 5 s"),
+    ],
+)
+def test_up_stops_everything_where_one_fails(
+    home: Any, monkeypatch: pytest.MonkeyPatch, fails: str, ready: str | None, told: str
+) -> None:
+    """One that ends, before or after it was ready, or never answers, is named with its log; the others are stopped."""
+    monkeypatch.setattr("flows.up._READY_S", 5.0)
+    both = [_member("coach", _WATCHES), _member("router", _AFTER_IT + fails, ready)]
+    monkeypatch.setattr("flows.up.members", lambda *_, **__: both)
+    with pytest.raises(TrainingError, match=told) as failed:
+        run_together(home.settings, home.config, port=1, prefect_port=2, mlflow_port=3)
+    assert str(home.settings.root / ".logs" / "router.log") in str(failed.value)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((home.settings.root / "pid").read_text()), 0)
