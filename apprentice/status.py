@@ -19,9 +19,9 @@ from apprentice.result import TaskStatus
 from apprentice.store import Store
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
-__all__ = ["run_command", "status_table", "task_statuses"]
+__all__ = ["run_command", "status_page", "task_statuses"]
 
 
 def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, TaskStatus]:
@@ -61,34 +61,41 @@ def _words(kind: str, at: float) -> str:
     return f"{kind.replace('_', ' ')} ({datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC)"
 
 
-def status_table(statuses: Mapping[str, TaskStatus]) -> Table:
-    """The statuses as a table for a terminal."""
+def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
+    """The statuses for a terminal of 80 columns: a table, and a line for whatever asks for attention."""
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(title="Tasks", title_justify="left", title_style="bold")
-    for name in ("task", "phase"):
-        table.add_column(name)
-    for name in ("examples", "correlation", "agreement", "coverage", "spot checks", "spent"):
-        table.add_column(name, justify="right")
-    table.add_column("last alert", style="yellow")
+    from apprentice.report import money
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    table.add_column("phase", no_wrap=True)
+    for name in ("examples", "correlation", "agreement", "local", "checks", "spent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines: list[str] = []
     for status in statuses.values():
         phase = Phase(status.phase)
         low, high = status.correlation_interval or (None, None)
-        correlation = (
-            "-" if status.correlation is None else f"{status.correlation:.2f} [dim]{low:.2f}..{high:.2f}[/dim]"
-        )
         table.add_row(
-            status.task,
-            f"{status.phase} {phase.name.lower()}" + (" (coaching)" if status.coaching else ""),
+            _over(status.task, status.champion or ""),
+            _over(f"{status.phase} {phase.name.lower()}", "coaching" if status.coaching else ""),
             f"{status.examples:,}",
-            correlation,
+            "-" if status.correlation is None else _over(f"{status.correlation:.2f}", f"{low:.2f}..{high:.2f}"),
             "-" if status.agreement is None else f"{status.agreement:.1%}",
             f"{status.coverage:.0%}",
             f"{status.sampling_rate:.0%}" if phase is Phase.SERVE else "-",
-            f"${status.spent:.4f}",
-            status.last_alert or "",
+            money(status.spent),
         )
-    return table
+        if status.training_due:
+            lines.append(f"{status.task}: training is due ({status.training_due})")
+        if status.last_alert:
+            lines.append(f"[yellow]{status.task}: last alert {status.last_alert}[/yellow]")
+    return Group(table, *lines)
+
+
+def _over(first: str, second: str) -> str:
+    return f"{first}\n[dim]{second}[/dim]" if second else first
 
 
 def run_command(config: Path, *, as_json: bool) -> None:
@@ -104,7 +111,7 @@ def run_command(config: Path, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({name: _plain(status) for name, status in statuses.items()}, indent=2))
     else:
-        Console().print(status_table(statuses))
+        Console(highlight=False).print(status_page(statuses))
 
 
 def _plain(status: TaskStatus) -> dict[str, Any]:

@@ -133,9 +133,7 @@ class Tracking:
             return str(found.experiment_id)
         try:
             location = f"{self._artifacts}/{task}" if self._artifacts else None
-            # MLflow's pages show an experiment as one of agents unless they are told that models are trained in it.
-            tags = {"mlflow.experimentKind": "custom_model_development"}
-            return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
+            return str(self._client.create_experiment(name, artifact_location=location))
         except MlflowException:
             found = self._client.get_experiment_by_name(name)  # somebody was quicker
             if found is None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from apprentice.result import TaskStatus
+from apprentice.status import status_page
 
 ROOT = Path(__file__).parents[1]
 TICKETS = ROOT / "examples" / "support_tickets" / "tickets.jsonl"
@@ -61,6 +66,37 @@ def test_status_needs_neither_key_nor_model(tmp_path: Path) -> None:
     status = json.loads(done.stdout)
     assert status["classify_ticket"]["phase"] == 1
     assert status["classify_ticket"]["spent"] == "0"
+
+
+def test_status_is_whole_on_a_narrow_terminal() -> None:
+    """80 columns: no figure and no name is cut off, and what asks for attention has a line of its own."""
+    status = TaskStatus(
+        task="extract_entities",
+        phase=3,
+        champion="c121c396deddaa8d",
+        examples=12_330,
+        comparisons=900,
+        correlation=0.834,
+        correlation_interval=(0.71, 0.91),
+        agreement=0.912,
+        coverage=0.62,
+        threshold=0.9,
+        sampling_rate=0.11,
+        coaching=True,
+        spent=Decimal("123.4567"),
+        training_due="drift",
+        last_alert="drift (2026-11-23 10:00 UTC)",
+    )
+    console = Console(width=80, highlight=False)
+    with console.capture() as shown:
+        console.print(status_page({status.task: status}))
+    lines = [line.split() for line in shown.get().splitlines()]
+    assert lines[1:3] == [
+        ["extract_entities", "3", "serve", "12,330", "0.83", "91.2%", "62%", "11%", "$123.46"],
+        ["c121c396deddaa8d", "coaching", "0.71..0.91"],
+    ]
+    assert "extract_entities: training is due (drift)" in shown.get()
+    assert "extract_entities: last alert drift (2026-11-23 10:00 UTC)" in shown.get()
 
 
 def test_replay_names_an_unknown_task(tmp_path: Path) -> None:
