@@ -36,7 +36,7 @@ def _status(task: str, store: Store, judge: Judge, spent: Decimal) -> TaskStatus
     state = store.policy_row(task)
     figures = judge.figures(task)
     scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
-    alerts = [event for event in store.events(task) if event.level != "info"]
+    alert = store.latest_alert(task)
     correlation, agreement = scope.correlation, scope.agreement
     return TaskStatus(
         task=task,
@@ -53,7 +53,7 @@ def _status(task: str, store: Store, judge: Judge, spent: Decimal) -> TaskStatus
         coaching=figures.coaching,
         spent=spent,
         training_due=state.training_due,
-        last_alert=_words(alerts[-1].kind, alerts[-1].at) if alerts else None,
+        last_alert=_words(alert.kind, alert.at) if alert else None,
     )
 
 

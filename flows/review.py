@@ -9,6 +9,7 @@ version the two last agreed on. Where they differ, the side that moved away from
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from typing import Any, Literal
 
@@ -23,6 +24,12 @@ __all__ = ["before", "crown", "follow"]
 
 type Level = Literal["info", "warning", "critical"]
 
+_log = logging.getLogger("apprentice.coach")
+_WARNINGS = {
+    "unregistered_champion": "the champion serves on, but MLflow has its version no longer; make another one champion",
+    "unknown_champion": "MLflow's champion is no version of this store; the old one serves on",
+}
+
 
 def follow(shop: Workshop, task: str) -> str | None:
     """Make store and registry agree; the new champion's name where a person moved the alias, else None.
@@ -36,13 +43,16 @@ def follow(shop: Workshop, task: str) -> str | None:
     agreed = shop.tracking.agreed(task)
     if chosen is None or chosen == agreed:
         # Nobody touched the alias since the two agreed: a promotion got as far as the store.
-        version = shop.store.version(task, serving) if serving else None
-        if version is not None and version.mlflow_version is not None:
-            shop.tracking.crown(task, version.name, version.mlflow_version)
+        if serving is not None:
+            number = shop.tracking.number_of(task, serving)
+            if number is None:
+                _warn(shop, task, "unregistered_champion", {"serving": serving})
+            else:
+                shop.tracking.crown(task, serving, number)
         return None
     version = shop.store.version(task, chosen)
     if version is None:
-        _say(shop, task, "unknown_champion", {"alias": chosen, "serving": serving})
+        _warn(shop, task, "unknown_champion", {"alias": chosen, "serving": serving})
         return None
     crown(shop, version, reason="a person moved the alias champion")
     return chosen
@@ -50,7 +60,8 @@ def follow(shop: Workshop, task: str) -> str | None:
 
 def crown(shop: Workshop, version: VersionRecord, *, reason: str) -> None:
     """Make a version champion because a person said so; what its gate measured is its first evidence."""
-    _say(shop, version.task, "chosen", {"version": version.name, "was": version.status, "because": version.reason})
+    evidence = {"version": version.name, "was": version.status, "because": version.reason}
+    _say(shop, version.task, "chosen", "info", evidence)
     make_champion(shop, version, seed=_evidence(shop, version), reason=reason)
 
 
@@ -81,6 +92,15 @@ def _evidence(shop: Workshop, version: VersionRecord) -> list[Any]:
     return []
 
 
-def _say(shop: Workshop, task: str, kind: str, evidence: dict[str, Any]) -> None:
-    level: Level = "warning" if kind == "unknown_champion" else "info"
+def _warn(shop: Workshop, task: str, kind: str, evidence: dict[str, Any]) -> None:
+    """Say once what will be seen again at every look, until something happens to the task's champion."""
+    said = shop.store.latest_event(task, kind)
+    promoted = shop.store.latest_event(task, "promoted")
+    again = said is not None and said.evidence == evidence and (promoted is None or promoted.seq < said.seq)
+    if not again:
+        _log.warning("%s: %s %s", task, _WARNINGS[kind], evidence)
+        _say(shop, task, kind, "warning", evidence)
+
+
+def _say(shop: Workshop, task: str, kind: str, level: Level, evidence: dict[str, Any]) -> None:
     shop.store.add_event(EventRecord(uuid.uuid4().hex, task, kind, level, evidence, shop.clock()))

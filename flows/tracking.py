@@ -117,8 +117,13 @@ class Tracking:
         self._client.set_registered_model_tag(model_name(task), _AGREED_TAG, version)
 
     def agreed(self, task: str) -> str | None:
-        """The version that store and registry last agreed on as champion."""
-        found = self._client.get_registered_model(model_name(task)).tags.get(_AGREED_TAG)
+        """The version that store and registry last agreed on as champion; None where nothing is registered."""
+        try:
+            found = self._client.get_registered_model(model_name(task)).tags.get(_AGREED_TAG)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
         return str(found) if found else None
 
     def run_of_version(self, task: str, number: str) -> TrackedRun | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sqlalchemy import bindparam, or_, select
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -13,7 +14,7 @@ from apprentice.store.examples import dumps
 from apprentice.store.records import EventRecord
 from apprentice.store.tables import events
 
-__all__ = ["add", "after"]
+__all__ = ["add", "after", "latest"]
 
 # An event is recorded once: several processes may notice the same thing and derive the same id.
 _insert = upsert(events).on_conflict_do_nothing(index_elements=["id"])
@@ -23,6 +24,16 @@ _after = (
     .where(or_(bindparam("b_task") == "", events.c.task == bindparam("b_task")), events.c.seq > bindparam("b_after"))
     .order_by(events.c.seq)
     .limit(bindparam("b_limit"))
+)
+_latest = (
+    select(*_columns, events.c.seq)
+    .where(
+        events.c.task == bindparam("b_task"),
+        or_(bindparam("b_kind") == "", events.c.kind == bindparam("b_kind")),
+        or_(bindparam("b_level") == "", events.c.level != bindparam("b_level")),
+    )
+    .order_by(events.c.seq.desc())
+    .limit(1)
 )
 
 
@@ -37,6 +48,14 @@ def add(tx: Transaction, records: Iterable[EventRecord]) -> int:
 
 def after(tx: Transaction, task: str | None, since_seq: int, limit: int) -> list[EventRecord]:
     values = {"b_task": task or "", "b_after": since_seq, "b_limit": limit}
-    return [
-        EventRecord(r[0], r[1], r[2], r[3], json.loads(r[4]), r[5], r[6]) for r in tx.run(_after, values).fetchall()
-    ]
+    return [_record(row) for row in tx.run(_after, values).fetchall()]
+
+
+def latest(tx: Transaction, task: str, kind: str, but_level: str) -> EventRecord | None:
+    """The newest of a task, of that kind, not of that level; "" is any kind, no level."""
+    rows = tx.run(_latest, {"b_task": task, "b_kind": kind, "b_level": but_level}).fetchall()
+    return _record(rows[0]) if rows else None
+
+
+def _record(row: Sequence[Any]) -> EventRecord:
+    return EventRecord(row[0], row[1], row[2], row[3], json.loads(row[4]), row[5], row[6])

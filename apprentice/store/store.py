@@ -292,6 +292,16 @@ class Store:
         with self._database.read() as tx:
             return events.after(tx, task, since_seq, limit)
 
+    def latest_event(self, task: str, kind: str) -> EventRecord | None:
+        """A task's newest event of a kind."""
+        with self._database.read() as tx:
+            return events.latest(tx, task, kind, "")
+
+    def latest_alert(self, task: str) -> EventRecord | None:
+        """A task's newest event that is more than information."""
+        with self._database.read() as tx:
+            return events.latest(tx, task, "", "info")
+
     # ledger
 
     def reserve(

@@ -257,6 +257,36 @@ def test_a_promotion_that_died_before_the_registry_is_finished(home: Any, traine
     shop.close()
 
 
+def test_a_champion_that_the_registry_lost_serves_on(home: Any, trainer: Any) -> None:
+    """Its MLflow version deleted, then the whole model: said once and not at every look, and the old one serves."""
+    first = _coach(home)
+    shop = Workshop.open(home.settings)
+    client = shop.tracking._client
+    client.delete_model_version("apprentice.mood", "1")
+    assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
+    client.delete_registered_model("apprentice.mood")
+    assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
+    told = [e for e in home.store.events("mood") if e.level == "warning"]
+    assert [(e.kind, e.evidence) for e in told] == [("unregistered_champion", {"serving": first.version})]
+    assert home.store.policy_row("mood").champion == first.version
+    shop.close()
+
+
+def test_an_alias_on_a_version_that_the_store_has_not_changes_nothing(home: Any, trainer: Any) -> None:
+    """A version of another installation under the same name: said once, and the champion stays."""
+    first = _coach(home)
+    shop = Workshop.open(home.settings)
+    client = shop.tracking._client
+    tags = {"apprentice.version": "of-another-store"}
+    strange = client.create_model_version("apprentice.mood", source="runs:/0/adapter", tags=tags)
+    client.set_registered_model_alias("apprentice.mood", CHAMPION, strange.version)
+    assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
+    told = [e for e in home.store.events("mood") if e.level == "warning"]
+    assert [e.evidence for e in told] == [{"alias": "of-another-store", "serving": first.version}]
+    assert home.store.policy_row("mood").champion == first.version
+    shop.close()
+
+
 def test_a_version_nobody_has_is_named(home: Any, trainer: Any) -> None:
     """Rolling back to nothing, or to an unknown version, says what there is."""
     _coach(home)

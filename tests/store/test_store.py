@@ -309,6 +309,19 @@ def test_an_event_is_recorded_once(store: Store) -> None:
     assert [e.id for e in store.events("a")] == ["e2"]
 
 
+def test_the_newest_event_is_found_behind_any_number(store: Store) -> None:
+    """Of a kind, or any that is more than information; of this task alone."""
+    for n in range(1100):
+        store.add_event(EventRecord(f"p{n}", "a", "phase", "info", {"n": n}, float(n)))
+    assert store.latest_alert("a") is None
+    store.add_event(EventRecord("d1", "a", "drift", "warning", {}, 2000.0))
+    store.add_event(EventRecord("d2", "b", "drift", "critical", {}, 2001.0))
+    store.add_event(EventRecord("p", "a", "phase", "info", {"n": -1}, 2002.0))
+    alert, phase = store.latest_alert("a"), store.latest_event("a", "phase")
+    assert (alert and alert.id, phase and phase.evidence) == ("d1", {"n": -1})
+    assert store.latest_event("a", "emergency") is None
+
+
 def test_a_reservation_holds_until_it_ends(store: Store) -> None:
     """Held money counts against the cap; settling frees the difference, releasing all of it, losing none."""
     held = [reserve(store) for _ in range(4)]
