@@ -21,6 +21,7 @@ from apprentice.store.records import EventRecord
 __all__ = ["QUIET_S", "Alerts"]
 
 QUIET_S = 300.0
+_POST_S = 5.0
 
 _log = logging.getLogger("apprentice")
 _LOG_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
@@ -37,6 +38,7 @@ class Alerts:
         self._webhook = webhook
         self._lock = threading.Lock()
         self._raised: dict[tuple[str | None, str], float] = {}
+        self._posts: list[threading.Thread] = []
 
     def __call__(self, kind: str, task: str | None, evidence: dict[str, Any], level: Level = "warning") -> None:
         """Raise the alert ``kind`` about ``task`` (None: all of them), unless it was raised within `QUIET_S`."""
@@ -56,11 +58,19 @@ class Alerts:
         _log.log(_LOG_LEVELS[level], "%s: %s %s", task or "all tasks", kind, json.dumps(evidence, default=str))
         if self._webhook is not None and level != "info":
             body = {"task": task, "kind": kind, "level": level, "evidence": evidence}
-            threading.Thread(target=self._post, args=(json.dumps(body, default=str),), daemon=True).start()
+            post = threading.Thread(target=self._post, args=(json.dumps(body, default=str),), daemon=True)
+            with self._lock:
+                post.start()
+                self._posts = [*(p for p in self._posts if p.is_alive()), post]
+
+    def close(self) -> None:
+        """Wait for what is on its way to the webhook: a process that ends at once would take its last alert along."""
+        for post in self._posts:
+            post.join(_POST_S)
 
     def _post(self, body: str) -> None:
         try:
             headers = {"content-type": "application/json"}
-            httpx.post(str(self._webhook), content=body, headers=headers, timeout=5.0).raise_for_status()
+            httpx.post(str(self._webhook), content=body, headers=headers, timeout=_POST_S).raise_for_status()
         except httpx.HTTPError as error:
             _log.warning("the alert webhook %s failed: %s", self._webhook, error)

@@ -50,6 +50,7 @@ class Assembly:
         self.tally.close()
         self.budget.put_back()
         self.engine.close()
+        self.alerts.close()
         self.store.close()
 
 

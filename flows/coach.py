@@ -168,6 +168,7 @@ def _fail(shop: Workshop, run: RunRecord, message: str) -> RunRecord:
     run = shop.store.update_run(run.id, state="failed", error=message)
     evidence = {"run": run.id, "step": run.step, "attempts": run.attempts, "error": run.error}
     shop.store.add_event(EventRecord(uuid.uuid4().hex, run.task, "training_failed", "critical", evidence, shop.clock()))
+    shop.alerts.announce("training_failed", run.task, evidence, "critical")
     _end_tracked(shop, run, failed=True)
     return run
 

@@ -9,7 +9,6 @@ version the two last agreed on. Where they differ, the side that moved away from
 from __future__ import annotations
 
 import json
-import logging
 import uuid
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ __all__ = ["before", "crown", "follow"]
 
 type Level = Literal["info", "warning", "critical"]
 
-_log = logging.getLogger("apprentice.coach")
 _WARNINGS = {
     "unregistered_champion": "the champion serves on, but MLflow has its version no longer; make another one champion",
     "unknown_champion": "MLflow's champion is no version of this store; the old one serves on",
@@ -94,12 +92,12 @@ def _evidence(shop: Workshop, version: VersionRecord) -> list[Any]:
 
 def _warn(shop: Workshop, task: str, kind: str, evidence: dict[str, Any]) -> None:
     """Say once what will be seen again at every look, until something happens to the task's champion."""
-    said = shop.store.latest_event(task, kind)
-    promoted = shop.store.latest_event(task, "promoted")
-    again = said is not None and said.evidence == evidence and (promoted is None or promoted.seq < said.seq)
-    if not again:
-        _log.warning("%s: %s %s", task, _WARNINGS[kind], evidence)
-        _say(shop, task, kind, "warning", evidence)
+    evidence = {**evidence, "meaning": _WARNINGS[kind]}
+    said, promoted = shop.store.latest_event(task, kind), shop.store.latest_event(task, "promoted")
+    if said is not None and said.evidence == evidence and (promoted is None or promoted.seq < said.seq):
+        return
+    _say(shop, task, kind, "warning", evidence)
+    shop.alerts.announce(kind, task, evidence, "warning")
 
 
 def _say(shop: Workshop, task: str, kind: str, level: Level, evidence: dict[str, Any]) -> None:

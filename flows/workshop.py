@@ -59,7 +59,9 @@ class Workshop:
     @cached_property
     def alerts(self) -> Alerts:
         """Who tells people."""
-        return Alerts(self.store, self.clock, self.settings.alerts.webhook)
+        alerts = Alerts(self.store, self.clock, self.settings.alerts.webhook)
+        self._own.append(alerts.close)
+        return alerts
 
     @cached_property
     def judge(self) -> Judge:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +134,35 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Workbench]]:
     yield make
     for workbench in opened:
         workbench.client.close()
+
+
+@dataclass
+class Webhook:
+    """A server that keeps what is posted to it, and answers ``status``."""
+
+    url: str
+    posts: list[dict[str, Any]] = field(default_factory=list)
+    status: int = 204
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    """A webhook on a real socket."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.headers["content-type"] == "application/json"
+            hook.posts.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(hook.status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hook = Webhook(f"http://127.0.0.1:{server.server_port}/alerts")
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield hook
+        server.shutdown()
+        thread.join()

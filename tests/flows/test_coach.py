@@ -22,6 +22,7 @@ from flows.coach import Busy, coach_task, due_reason, held_lease, prefect_at
 from flows.review import before, crown, follow
 from flows.tracking import CANDIDATE, CHAMPION
 from flows.workshop import Workshop
+from tests.conftest import Webhook
 
 pytestmark = [
     pytest.mark.usefixtures("plainly"),
@@ -150,6 +151,17 @@ def test_an_error_that_cannot_heal_is_tried_once(home: Any, trainer: Any) -> Non
     assert not trainer.trained
 
 
+def test_a_run_that_fails_is_posted_to_the_webhook(make_home: Any, trainer: Any, webhook: Webhook) -> None:
+    """Also by a coach that ends at once: it waits for the post to be out."""
+    home = make_home(alerts={"webhook": webhook.url})
+    home.teach(60)
+    trainer.failures = [TrainingError("the disk is full: make room")]
+    _coach(home)
+    (post,) = webhook.posts
+    assert (post["kind"], post["task"], post["level"]) == ("training_failed", "mood", "critical")
+    assert "make room" in post["evidence"]["error"]
+
+
 def test_a_vendors_training_is_paid_for_once(make_home: Any, trainer: Any) -> None:
     """Reserved before, settled to the bill after, also where the run was resumed; no answer's mean price changes."""
     import httpx
@@ -267,7 +279,7 @@ def test_a_champion_that_the_registry_lost_serves_on(home: Any, trainer: Any) ->
     client.delete_registered_model("apprentice.mood")
     assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
     told = [e for e in home.store.events("mood") if e.level == "warning"]
-    assert [(e.kind, e.evidence) for e in told] == [("unregistered_champion", {"serving": first.version})]
+    assert [(e.kind, e.evidence["serving"]) for e in told] == [("unregistered_champion", first.version)]
     assert home.store.policy_row("mood").champion == first.version
     shop.close()
 
@@ -282,7 +294,7 @@ def test_an_alias_on_a_version_that_the_store_has_not_changes_nothing(home: Any,
     client.set_registered_model_alias("apprentice.mood", CHAMPION, strange.version)
     assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
     told = [e for e in home.store.events("mood") if e.level == "warning"]
-    assert [e.evidence for e in told] == [{"alias": "of-another-store", "serving": first.version}]
+    assert [(e.evidence["alias"], e.evidence["serving"]) for e in told] == [("of-another-store", first.version)]
     assert home.store.policy_row("mood").champion == first.version
     shop.close()
 
