@@ -21,8 +21,11 @@ from apprentice.remote import Teacher
 from apprentice.router import Router
 from apprentice.store import Store
 from apprentice.tally import FLUSH_S, Tally
+from apprentice.transport import Sender
 
 if TYPE_CHECKING:
+    import httpx
+
     from apprentice.local.engine import Engine, Version
 
 __all__ = ["Assembly", "assemble", "check_remote", "open_judge"]
@@ -35,6 +38,7 @@ class Assembly:
     settings: Settings
     store: Store
     budget: Budget
+    sender: Sender
     teacher: Teacher
     engine: Engine
     switch: Switch
@@ -51,12 +55,14 @@ class Assembly:
         self.budget.put_back()
         self.engine.close()
         self.alerts.close()
+        self.sender.close()
         self.store.close()
 
 
 def assemble(
     settings: Settings,
     *,
+    http_client: httpx.Client | None,
     engine: Engine | None,
     environ: Mapping[str, str],
     clock: Callable[[], float],
@@ -69,7 +75,8 @@ def assemble(
         alerts = Alerts(store, clock, settings.alerts.webhook)
         caps = {task.name: task.budget for task in settings.tasks}
         budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner(), announce=alerts.announce)
-        teacher = Teacher(settings.remote, budget, environ=environ, clock=clock, random=draw)
+        sender = Sender(http_client)
+        teacher = Teacher(settings.remote, budget, sender.send, environ=environ, clock=clock, random=draw)
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
         tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S))
@@ -90,14 +97,14 @@ def assemble(
     except BaseException:
         store.close()
         raise
-    return Assembly(settings, store, budget, teacher, engine, switch, judge, tally, alerts, router)
+    return Assembly(settings, store, budget, sender, teacher, engine, switch, judge, tally, alerts, router)
 
 
 def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:
     """Make sure that every provider has its key and a known price, opening nothing. Raises `ConfigError`."""
     with Store.open("sqlite://") as store:
         budget = Budget(store, settings.budget, clock=clock)
-        Teacher(settings.remote, budget, environ=environ, clock=clock).price_check()
+        Teacher(settings.remote, budget, Sender().send, environ=environ, clock=clock).price_check()
 
 
 def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:

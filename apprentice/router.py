@@ -1,15 +1,17 @@
-"""The path of a request (DESIGN section 4), written once as a generator of effects.
+"""The path of a request (DESIGN section 4), from the input to the answer, in the caller's thread.
 
-`Router.path` asks the store for the task's policy, lets `decide` make the plan, carries it out, returns the remote's
+`Router.run` asks the store for the task's policy, lets `decide` make the plan, carries it out, returns the remote's
 answer whenever there is one and the local model's otherwise, and records what it learned: an example for every remote
-answer, a comparison wherever both answered. It decides nothing itself and does no I/O of its own.
+answer, a comparison wherever both answered. It decides nothing itself. Where both are asked at once, a second thread
+asks the local model.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,6 @@ from apprentice.alerts import Alerts
 from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings
 from apprentice.decision import Headroom, Plan, Policy, Reason, accepts, decide
-from apprentice.effects import Both, Call, Effect, Outcome, Path
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
@@ -86,11 +87,11 @@ class Router:
         self._snapshot = Snapshot(store, clock)
         self._in_force: dict[str, PolicyRow] = {}
 
-    def path(self, task_name: str, value: Mapping[str, Any]) -> Path[Result]:
-        """The path of one request. Raises what `Apprentice.run` documents."""
+    def run(self, task_name: str, value: Mapping[str, Any]) -> Result:
+        """Answer one request. Raises what `Apprentice.run` documents."""
         task = self._task(task_name)
         checked = self._check(task, value)
-        state = yield from self._policy(task)
+        state = self._policy(task)
         headroom = Headroom(
             remote_affordable=self._budget.headroom(task.name),
             remote_healthy=self._teacher.healthy(),
@@ -105,18 +106,17 @@ class Router:
         plan = decide(policy, headroom, self._draw.random())
         request = _Request(uuid.uuid4().hex, task, checked, state, policy, plan, self._clock())
         if plan.local and plan.remote:
-            remote, local = yield Both(self._ask_remote(request), self._ask_local(request))
-            return (yield from self._conclude(request, remote, local))
+            beside = _Beside(lambda: self._ask_local(request))
+            remote = _outcome(lambda: self._ask_remote(request))
+            return self._conclude(request, remote, beside.outcome())
         if plan.local:
-            local = yield from _outcome(self._ask_local(request))
-            if local.error is None and not (plan.defer and not accepts(policy, local.value.confidence)):
+            local = _outcome(lambda: self._ask_local(request))
+            if local.value is not None and not (plan.defer and not accepts(policy, local.value.confidence)):
                 return self._serve(request, local.value, _LOCAL_OUTCOMES.get(plan.reason, "local"))
             # A deferral, or a local model that failed: the remote answers, if it is to be had.
-            remote = yield from _outcome(self._ask_remote(request))
-            return (yield from self._conclude(request, remote, local))
+            return self._conclude(request, _outcome(lambda: self._ask_remote(request)), local)
         # The remote alone. Where the plan has nobody to ask, asking says best what is missing, and spends nothing.
-        remote = yield from _outcome(self._ask_remote(request))
-        return (yield from self._conclude(request, remote, None))
+        return self._conclude(request, _outcome(lambda: self._ask_remote(request)), None)
 
     def wait_until_serving(self, task_name: str, timeout_s: float) -> bool:
         """Follow the task's champion and wait for it to be loaded; True at once where there is none."""
@@ -143,14 +143,14 @@ class Router:
         except SchemaError as error:
             raise InputError(task.name, error.problems) from None
 
-    def _policy(self, task: TaskSettings) -> Path[PolicyRow]:
+    def _policy(self, task: TaskSettings) -> PolicyRow:
         """The task's policy in force.
 
         After a promotion the store's policy speaks of the new champion while this process may still be loading it.
         Until it answers, the old version goes on under the policy that was made for it.
         """
         if self._snapshot.is_stale():
-            yield Call(self._snapshot.read)
+            self._snapshot.read()
         state = self._snapshot.of(task.name)
         self._switch.follow(task.name, state.champion)
         serving = self._switch.serving(task.name)
@@ -162,9 +162,9 @@ class Router:
 
     # ---------------------------------------------------------------- asking
 
-    def _ask_remote(self, request: _Request) -> Path[RemoteAnswer]:
+    def _ask_remote(self, request: _Request) -> RemoteAnswer:
         """Ask the remote and commit the example: it is paid for before the caller gets it."""
-        answer: RemoteAnswer = yield from self._teacher.ask(request.task, request.value, request.id)
+        answer = self._teacher.ask(request.task, request.value, request.id)
         example = ExampleRecord(
             id=request.id,
             task=request.task.name,
@@ -174,53 +174,52 @@ class Router:
             model=answer.model,
             created_at=self._clock(),
         )
-        yield Call(
-            lambda: self._budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
-        )
+        self._budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
         return answer
 
-    def _ask_local(self, request: _Request) -> Path[LocalAnswer]:
+    def _ask_local(self, request: _Request) -> LocalAnswer:
         deadline_s = self._settings.local.deadline_s
         try:
-            answer: LocalAnswer = yield Call(
-                lambda: self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
-            )
+            answer = self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
         except OutputError:
-            yield from self._watch(request, confidence=0.0, served=False, valid=False)
+            self._watch(request, confidence=0.0, served=False, valid=False)
             raise
         if answer.version != request.state.champion:
             raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
         answer = self._judge.rate(request.task.name, answer)
         served = accepts(request.policy, answer.confidence)
-        yield from self._watch(request, confidence=answer.confidence, served=served)
+        self._watch(request, confidence=answer.confidence, served=served)
         return answer
 
-    def _watch(self, request: _Request, *, confidence: float, served: bool, valid: bool = True) -> Path[None]:
+    def _watch(self, request: _Request, *, confidence: float, served: bool, valid: bool = True) -> None:
         """Let the second watch see what the champion answered."""
         task = request.task.name
         if self._judge.watch(task, request.champion, request.value, confidence=confidence, served=served, valid=valid):
-            yield Call(lambda: self._judge.flush(task))
+            self._judge.flush(task)
 
     # ---------------------------------------------------------------- after
 
-    def _conclude(self, request: _Request, remote: Outcome, local: Outcome | None) -> Path[Result]:
+    def _conclude(
+        self, request: _Request, remote: _Outcome[RemoteAnswer], local: _Outcome[LocalAnswer] | None
+    ) -> Result:
         """Settle on the answer when the remote was asked, alone or beside the local model."""
         if local is not None and local.error is not None:
             self._tally.add(request.task.name, request.champion, "local_failed", self._age_s(request))
             self._alerts("local_unavailable", request.task.name, {"cause": str(local.error)})
-        if remote.error is None:
+        if remote.value is not None:
             outcome = "remote"
-            if local is not None and local.error is None:
-                yield Call(lambda: self._compare(request, remote.value, local.value))
+            if local is not None and local.value is not None:
+                self._compare(request, remote.value, local.value)
                 outcome = _REMOTE_OUTCOMES[request.plan.reason]
             self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
             return Result(request.id, remote.value.output)
+        assert remote.error is not None
         if not isinstance(remote.error, ApprenticeError):
             raise remote.error
         budget = isinstance(remote.error, BudgetExceeded)
         kind = "budget_exhausted" if budget else "remote_unavailable"
         self._alerts(kind, request.task.name, {"cause": str(remote.error)}, "critical")
-        if local is not None and local.error is None:
+        if local is not None and local.value is not None:
             return self._serve(request, local.value, "budget" if budget else "degraded")
         self._tally.add(request.task.name, request.champion, "failed", self._age_s(request))
         raise _final_error(request.task.name, remote.error, local.error if local else None)
@@ -297,11 +296,37 @@ class Snapshot:
         self._read_at = float("-inf")
 
 
-def _outcome[T](path: Path[T]) -> Generator[Effect, Any, Outcome]:
+@dataclass(frozen=True, slots=True)
+class _Outcome[T]:
+    """How asking one side ended: with its answer, or with the exception it raised."""
+
+    value: T | None = None
+    error: Exception | None = None
+
+
+def _outcome[T](ask: Callable[[], T]) -> _Outcome[T]:
     try:
-        return Outcome(value=(yield from path))
-    except Exception as error:  # noqa: BLE001  # the caller of the path decides what a failure means
-        return Outcome(error=error)
+        return _Outcome(value=ask())
+    except Exception as error:  # noqa: BLE001  # what it means depends on how the other side fares
+        return _Outcome(error=error)
+
+
+class _Beside[T]:
+    """Something that is asked in a thread of its own, from the moment it is made, while the caller asks the other."""
+
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._ask = ask
+        self._result: _Outcome[T] = _Outcome()
+        self._thread = threading.Thread(target=self._work, name="apprentice-local", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._result = _outcome(self._ask)
+
+    def outcome(self) -> _Outcome[T]:
+        """Wait for it to end."""
+        self._thread.join()
+        return self._result
 
 
 def _final_error(task: str, remote: ApprenticeError, local: Exception | None) -> ApprenticeError:

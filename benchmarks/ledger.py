@@ -30,12 +30,11 @@ import httpx
 
 from apprentice.budget import Budget
 from apprentice.config import BudgetSettings, RemoteSettings, TaskSettings
-from apprentice.effects import run_sync
 from apprentice.errors import BudgetExceeded
 from apprentice.remote import Teacher
 from apprentice.store import ExampleRecord, Settlement, Store, Usage
 from apprentice.testing import FakeVendor
-from apprentice.transport import sender
+from apprentice.transport import Sender
 
 CAP, PRICE, WORST = Decimal("5.00"), Decimal("0.01"), Decimal("0.02")
 
@@ -198,11 +197,11 @@ def _answer_forever(url: str, pipe: int) -> None:
     vendor = FakeVendor("anthropic", lambda value: {"label": "y"})
     store = Store.open(url)
     budget = Budget(store, BudgetSettings(daily=Decimal(1000)))
-    teacher = Teacher(RemoteSettings(**vendor.settings()), budget, vendor.environ)
-    with httpx.Client(transport=vendor.transport()) as client, ThreadPoolExecutor(1) as pool:
+    with httpx.Client(transport=vendor.transport()) as client:
+        teacher = Teacher(RemoteSettings(**vendor.settings()), budget, Sender(client).send, vendor.environ)
         for n in range(1000):
             request_id = f"{os.getpid()}-{n}"
-            answer = run_sync(teacher.ask(task, {"text": "x"}, request_id), sender(client), pool)
+            answer = teacher.ask(task, {"text": "x"}, request_id)
             budget.complete_remote(settlements=answer.settlements, example=_example(request_id), hold_next=True)
             os.write(pipe, f"{request_id}\n".encode())
 
@@ -212,7 +211,7 @@ def durability(url: str, *, kills: int) -> DurabilityResult:
     # What is imported late is imported here, once, and not again by every child.
     with Store.open(url) as store:
         vendor = FakeVendor("anthropic")
-        Teacher(RemoteSettings(**vendor.settings()), _budget(store), vendor.environ).price_check()
+        Teacher(RemoteSettings(**vendor.settings()), _budget(store), Sender().send, vendor.environ).price_check()
     told: list[str] = []
     for n in range(kills):
         child = _fork(lambda pipe: _answer_forever(url, pipe))

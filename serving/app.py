@@ -51,7 +51,8 @@ def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
     @app.get("/healthz")
     async def healthz(request: Request) -> dict[str, Any]:
         """Say that this process is up, and which phase each task is in."""
-        return {"ok": True, "tasks": {name: s.phase for name, s in request.app.state.apprentice.status().items()}}
+        status = await request.app.state.apprentice.status()
+        return {"ok": True, "tasks": {name: of_task.phase for name, of_task in status.items()}}
 
     @app.exception_handler(ApprenticeError)
     async def explain(request: Request, error: ApprenticeError) -> JSONResponse:

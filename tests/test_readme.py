@@ -16,10 +16,9 @@ import httpx
 import pytest
 import uvicorn
 
-import apprentice.client
 from apprentice import AsyncApprentice, load_settings
 from apprentice.testing import FakeVendor
-from apprentice.transport import sender
+from apprentice.transport import Sender
 from serving.app import create_app
 
 ROOT = Path(__file__).parents[1]
@@ -45,8 +44,8 @@ def test_the_python_snippet_prints_what_it_says(
     checkout: FakeVendor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The snippet runs as it stands, and its comment is the output."""
-    by_checkout = sender(httpx.Client(transport=checkout.transport()))
-    monkeypatch.setattr(apprentice.client, "sender", lambda client: sender(client) if client else by_checkout)
+    by_checkout = httpx.Client(transport=checkout.transport())
+    monkeypatch.setattr(Sender, "client", lambda self: by_checkout)
     (snippet,) = snippets("python")
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == str(ANSWER)
@@ -58,7 +57,7 @@ def serving(vendor: FakeVendor) -> Iterator[int]:
     """`apprentice serve` on a free port, with the vendor for a remote."""
 
     def open_client() -> AsyncApprentice:
-        client = httpx.AsyncClient(transport=vendor.transport())
+        client = httpx.Client(transport=vendor.transport())
         return AsyncApprentice.from_config(load_settings("apprentice.yaml"), http_client=client)
 
     listener = socket.create_server(("127.0.0.1", 0))

@@ -48,7 +48,8 @@ def of_exception(error: httpx.HTTPError) -> Failure:
     unsent = isinstance(
         error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol
     )
-    return Failure(what, billed=not unsent)
+    # An answer that cannot be decoded, or is larger than any answer, would be so again.
+    return Failure(what, again=not isinstance(error, httpx.DecodingError), billed=not unsent)
 
 
 def of_response(response: Response, now: float, key: str = "") -> Failure | None:

@@ -1,8 +1,7 @@
 """Rate limits of one provider in one process: requests and tokens a minute, and calls at once.
 
-Token buckets, as pure state: time comes in, a wait goes out. No library: those in the lock file's reach either block
-a thread or need an event loop, and the path of a request belongs to neither (`apprentice.effects`). The vendor's
-own verdict, a 429 with a time to wait, pauses every call of the process to that provider.
+Token buckets, as pure state: time comes in, a wait goes out, so that a test needs neither a clock nor a sleep. The
+vendor's own verdict, a 429 with a time to wait, pauses every call of the process to that provider.
 """
 
 from __future__ import annotations

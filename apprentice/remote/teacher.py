@@ -1,7 +1,7 @@
 """Asking the remote: which provider, how often, at what price, until there is an answer that fits.
 
-`Teacher.ask` is a path of effects (`apprentice.effects`), so the same code serves both clients and a test walks it with
-no network. One call of it holds at most one reservation at a time and never returns, or raises, with money unaccounted
+`Teacher.ask` blocks. Sending, sleeping, time and chance are arguments, so a test walks it with no network, no clock and
+no sleep. One call of it holds at most one reservation at a time and never returns, or raises, with money unaccounted
 for: on success the caller gets the settlements, to commit them together with the example; on failure they are in the
 ledger already.
 """
@@ -22,7 +22,6 @@ import httpx
 
 from apprentice.budget import Budget
 from apprentice.config import ProviderSettings, RemoteSettings, TaskSettings, require_key
-from apprentice.effects import Call, Path, Send, Sleep
 from apprentice.errors import (
     ConfigError,
     OutputError,
@@ -43,7 +42,7 @@ from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import Completion, MalformedAnswer, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
 from apprentice.store import Reservation, Settlement, Usage
-from apprentice.transport import Request, Response
+from apprentice.transport import Request, Response, Send
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
 
@@ -118,21 +117,26 @@ class _Account:
 class Teacher:
     """The remote side of one configuration.
 
-    ``environ`` holds the keys; ``clock`` gives Unix seconds, ``monotonic`` seconds for deadlines, ``random`` draws
-    back-off and shares. Raises `ConfigError` where a key is missing. Thread-safe.
+    ``send`` carries a request out (`transport.Sender.send`), ``environ`` holds the keys; ``clock`` gives Unix seconds,
+    ``monotonic`` seconds for deadlines, ``sleep`` waits for seconds, ``random`` draws back-off and shares. Raises
+    `ConfigError` where a key is missing. Thread-safe.
     """
 
     def __init__(
         self,
         settings: RemoteSettings,
         budget: Budget,
+        send: Send,
         environ: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.time,
         random: random_module.Random | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._settings = settings
         self._budget = budget
+        self._send = send
+        self._sleep = sleep
         self._clock = clock
         self._monotonic = monotonic
         self._random = random or random_module.Random()
@@ -181,26 +185,20 @@ class Teacher:
         read = len(request.content) / _BYTES_PER_TOKEN
         return source.price.now().cost(Usage(input=round(read), output=max(round(written), 1)))
 
-    def ask(self, task: TaskSettings, value: Mapping[str, Any], request_id: str) -> Path[RemoteAnswer]:
+    def ask(self, task: TaskSettings, value: Mapping[str, Any], request_id: str) -> RemoteAnswer:
         """Get an answer that fits the task's output schema.
 
         Raises `BudgetExceeded`, `OutputError`, `RemoteRefused`, `RemoteUnavailable`; the ledger knows of every call.
         """
         account = _Account()
         try:
-            return (yield from self._ask(task, value, request_id, account))
-        except BaseException as error:
-            # Closed from outside (a cancelled request) or failed: what is still held was sent and may be billed.
-            account.end("lost")
-            if isinstance(error, GeneratorExit):
-                self._budget.end(account.ended)
-            else:
-                yield Call(lambda: self._budget.end(account.ended))
+            return self._ask(task, value, request_id, account)
+        except BaseException:
+            account.end("lost")  # what is still held was sent, and may be billed
+            self._budget.end(account.ended)
             raise
 
-    def _ask(
-        self, task: TaskSettings, value: Mapping[str, Any], request_id: str, account: _Account
-    ) -> Path[RemoteAnswer]:
+    def _ask(self, task: TaskSettings, value: Mapping[str, Any], request_id: str, account: _Account) -> RemoteAnswer:
         began = self._monotonic()
         ends = began + self._settings.deadline_s
         prompt = self._prompt(task)
@@ -212,7 +210,7 @@ class Teacher:
             share = (ends - self._monotonic()) / (len(order) - i)  # leave time for those who come after
             deadline = self._monotonic() + share
             try:
-                answer = yield from self._ask_one(source, task, prompt, user, request_id, deadline, account, tries)
+                answer = self._ask_one(source, task, prompt, user, request_id, deadline, account, tries)
             except (RemoteRefused, RemoteUnavailable) as error:
                 refused.append(error)
                 if len(order) > 1:
@@ -245,11 +243,11 @@ class Teacher:
         ends: float,
         account: _Account,
         tries: _Tries,
-    ) -> Path[dict[str, Any]]:
+    ) -> dict[str, Any]:
         """One provider's answer, repaired once where it does not fit."""
         turns: list[Turn] = []
         while True:
-            completion = yield from self._complete(source, task, prompt, user, turns, request_id, ends, account, tries)
+            completion = self._complete(source, task, prompt, user, turns, request_id, ends, account, tries)
             if completion.stop == "refusal":
                 raise OutputError(
                     task.name, source.provider.name, [Problem("answer", "the model declined to give one.")]
@@ -278,7 +276,7 @@ class Teacher:
         ends: float,
         account: _Account,
         tries: _Tries,
-    ) -> Path[Completion]:
+    ) -> Completion:
         """One completion of one provider, through as many attempts as it takes and the deadline allows."""
         name, model = source.provider.name, source.settings.model
         request = source.provider.build(prompt, user, turns)
@@ -294,13 +292,13 @@ class Teacher:
             if account.held is None:
                 account.held = self._budget.standing(task.name, name, model, worst, request_id)
             if account.held is None:
-                account.held = yield Call(lambda: self._budget.reserve(task.name, name, model, worst, request_id))
-            if not (yield from self._wait_for_turn(source, task, request, ends)):
+                account.held = self._budget.reserve(task.name, name, model, worst, request_id)
+            if not self._wait_for_turn(source, task, request, ends):
                 if not attempt:
                     failure = Failure("the rate limit set in apprentice.yaml allows no call before the deadline")
                 break
             tries.n += 1
-            response, failed = yield from self._attempt(source, request, ends - self._monotonic())
+            response, failed = self._attempt(source, request, ends - self._monotonic())
             completion, failed = self._read(source, response) if response is not None else (None, failed)
             now = self._monotonic()
             if completion is not None:
@@ -320,21 +318,19 @@ class Teacher:
             wait_s = max(failure.after_s or 0.0, self._pause_s(attempt))
             if attempt == self._settings.max_retries or now + wait_s + _SHORTEST_ATTEMPT_S > ends:
                 break
-            yield Sleep(wait_s)
+            self._sleep(wait_s)
         if account.held is not None:  # give it back now: the next provider's reservation may need the room
             account.end("released")
             unbilled = account.ended.pop()
-            yield Call(lambda: self._budget.end([unbilled]))
+            self._budget.end([unbilled])
         if failure.again:
             raise RemoteUnavailable(name, failure.message, status=failure.status)
         raise RemoteRefused(name, failure.message, status=failure.status)
 
-    def _attempt(
-        self, source: _Source, request: Request, within_s: float
-    ) -> Path[tuple[Response | None, Failure | None]]:
+    def _attempt(self, source: _Source, request: Request, within_s: float) -> tuple[Response | None, Failure | None]:
         """Send once. The exception is dropped here: it holds the request, and the request holds the key."""
         try:
-            response = yield Send(request, within_s)
+            response = self._send(request, within_s)
         except httpx.HTTPError as error:
             failure: Failure | None = of_exception(error)
         else:
@@ -344,7 +340,7 @@ class Teacher:
             source.limits.release()
         return None, failure
 
-    def _wait_for_turn(self, source: _Source, task: TaskSettings, request: Request, ends: float) -> Path[bool]:
+    def _wait_for_turn(self, source: _Source, task: TaskSettings, request: Request, ends: float) -> bool:
         """Wait until the provider's limits allow a call; False where the deadline comes first."""
         tokens = len(request.content) / _BYTES_PER_TOKEN + source.typical_output.get(task.name, _TYPICAL_OUTPUT)
         while True:
@@ -354,7 +350,7 @@ class Teacher:
                 return True
             if now + wait + _SHORTEST_ATTEMPT_S > ends:
                 return False
-            yield Sleep(wait)
+            self._sleep(wait)
 
     def _read(self, source: _Source, response: Response) -> tuple[Completion | None, Failure | None]:
         try:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import random
 import traceback
 from collections import Counter
 from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -18,7 +16,6 @@ import pytest
 
 from apprentice.budget import Budget
 from apprentice.config import BudgetSettings, RemoteSettings, TaskSettings
-from apprentice.effects import Call, Path, Send, Sleep, run_async, run_sync
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
@@ -30,7 +27,7 @@ from apprentice.errors import (
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.store import Store
 from apprentice.testing import FakeVendor, Fault
-from apprentice.transport import Request, Response, Sender, async_sender, sender
+from apprentice.transport import Request, Response, Sender
 
 TASK = TaskSettings(
     name="tickets",
@@ -51,55 +48,33 @@ class Time:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.slept: list[float] = []
 
     def __call__(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
 
 @dataclass
 class School:
-    """A teacher on a fresh store, with a walker for its paths that knows no network and no clock."""
+    """A teacher on a fresh store, which knows no network and no clock."""
 
     teacher: Teacher
     budget: Budget
     store: Store
     time: Time
-    senders: dict[str, Sender]
-    slept: list[float]
+
+    @property
+    def slept(self) -> list[float]:
+        return self.time.slept
 
     def ask(self, task: TaskSettings = TASK, request_id: str = "r") -> RemoteAnswer:
-        answer = self.walk(self.teacher.ask(task, VALUE, request_id))
+        answer = self.teacher.ask(task, VALUE, request_id)
         self.budget.complete_remote(settlements=answer.settlements)
         return answer
-
-    def walk(self, path: Path[RemoteAnswer]) -> RemoteAnswer:
-        result: Any = None
-        error: Exception | None = None
-        try:
-            while True:
-                effect = path.send(result) if error is None else path.throw(error)
-                result, error = None, None
-                try:
-                    match effect:
-                        case Call(function):
-                            result = function()
-                        case Sleep(seconds):
-                            self.slept.append(seconds)
-                            self.time.now += seconds
-                        case Send(request, deadline_s):
-                            result = self.send(request, deadline_s)
-                except Exception as raised:  # noqa: BLE001  # the path's to handle
-                    error = raised
-        except StopIteration as end:
-            answer: RemoteAnswer = end.value
-            return answer
-
-    def send(self, request: Request, deadline_s: float) -> Response:
-        try:
-            return self.senders[request.endpoint.url.host].send(request, deadline_s)
-        except httpx.ReadTimeout:
-            self.time.now += deadline_s
-            raise
 
     def ledger(self) -> dict[str, int]:
         rows: Counter[str] = Counter()
@@ -114,7 +89,9 @@ def school() -> Generator[Any]:
     """Opens a school with the given vendors, the first one first."""
     stores: list[Store] = []
 
-    def open_school(*vendors: FakeVendor, daily: str = "100", **remote: Any) -> School:
+    def open_school(
+        *vendors: FakeVendor, daily: str = "100", interrupt: BaseException | None = None, **remote: Any
+    ) -> School:
         sections, environ, senders = [], {}, {}
         for n, vendor in enumerate(vendors):
             host = f"vendor{n}.invalid"
@@ -123,15 +100,26 @@ def school() -> Generator[Any]:
             section["base_url"] = section["base_url"].replace("vendor.invalid", host)
             section["api_key_env"] = f"KEY{n}"
             environ[f"KEY{n}"] = vendor.key
-            senders[host] = sender(httpx.Client(transport=vendor.transport()))
+            senders[host] = Sender(httpx.Client(transport=vendor.transport()))
             sections.append(section)
         settings = RemoteSettings.model_validate({**sections[0], "additional_providers": sections[1:], **remote})
         store = Store.open("sqlite://")
         stores.append(store)
         budget = Budget(store, BudgetSettings(daily=Decimal(daily)), announce=lambda *_: None)
         time = Time()
-        teacher = Teacher(settings, budget, environ, random=random.Random(7), monotonic=time)
-        return School(teacher, budget, store, time, senders, [])
+
+        def send(request: Request, deadline_s: float) -> Response:
+            if interrupt:
+                raise interrupt
+            try:
+                return senders[request.endpoint.url.host].send(request, deadline_s)
+            except httpx.ReadTimeout:
+                time.now += deadline_s
+                raise
+
+        draw = random.Random(7)
+        teacher = Teacher(settings, budget, send, environ, random=draw, monotonic=time, sleep=time.sleep)
+        return School(teacher, budget, store, time)
 
     yield open_school
     for store in stores:
@@ -200,34 +188,22 @@ def test_a_free_form_schema_is_answered(school: Any, vendor: Any) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_over_a_real_connection(own: bool) -> None:
-    """The same path on sockets, sync and async: resets, half bodies and dripping bodies as a network makes them."""
+    """The same on sockets: resets, half bodies and dripping bodies as a network makes them."""
     kinds = ["rate_limited", "overloaded", "reset", "half_body", "not_json", "schema_violation"]
     faults = [Fault(kind, retry_after_s=0.01) for kind in kinds]  # type: ignore[arg-type]
     with (
-        FakeVendor("anthropic", right, faults=[*faults, None] * 2) as vendor,
+        FakeVendor("anthropic", right, faults=faults) as vendor,
         Store.open("sqlite://") as store,
-        ThreadPoolExecutor(2) as threads,
         httpx.Client() as client,
-        contextlib.closing(sender(client if own else None)) as chosen,
+        contextlib.closing(Sender(client if own else None)) as sender,
     ):
-        budget = Budget(store, BudgetSettings())
         settings = RemoteSettings.model_validate(vendor.settings(max_retries=8))
         quick = random.Random(1)
         quick.random = lambda: 0.01  # type: ignore[method-assign]
-        teacher = Teacher(settings, budget, vendor.environ, random=quick)
-        answer = run_sync(teacher.ask(TASK, VALUE, "r1"), chosen, threads)
+        teacher = Teacher(settings, Budget(store, BudgetSettings()), sender.send, vendor.environ, random=quick)
+        answer = teacher.ask(TASK, VALUE, "r1")
         assert (answer.output, answer.attempts) == ({"category": "shipping"}, 7)
-
-        async def ask() -> RemoteAnswer:
-            async with (
-                httpx.AsyncClient() as client,
-                contextlib.aclosing(async_sender(client if own else None)) as chosen,
-            ):
-                return await run_async(teacher.ask(TASK, VALUE, "r2"), chosen, threads)
-
-        again = asyncio.run(ask())
-        assert (again.output, again.attempts) == ({"category": "shipping"}, 7)
-        assert again.usage.output == answer.usage.output > 0
+        assert answer.usage.output > 0
 
 
 def test_a_dripping_answer_meets_the_deadline() -> None:
@@ -235,13 +211,12 @@ def test_a_dripping_answer_meets_the_deadline() -> None:
     with (
         FakeVendor("anthropic", right, faults=[Fault("slow_body", seconds_between=0.02)] * 9) as vendor,
         Store.open("sqlite://") as store,
-        ThreadPoolExecutor(1) as threads,
         httpx.Client() as client,
     ):
         settings = RemoteSettings.model_validate(vendor.settings(deadline_s=0.3))
-        teacher = Teacher(settings, Budget(store, BudgetSettings()), vendor.environ)
+        teacher = Teacher(settings, Budget(store, BudgetSettings()), Sender(client).send, vendor.environ)
         with pytest.raises(RemoteUnavailable, match="still arriving"):
-            run_sync(teacher.ask(TASK, VALUE, "r"), sender(client), threads)
+            teacher.ask(TASK, VALUE, "r")
         assert [row.state for row in store.spend()] == ["lost"]
 
 
@@ -370,14 +345,11 @@ def test_the_cap_is_met_before_the_call(school: Any) -> None:
     assert vendor.asked == 0
 
 
-def test_a_cancelled_request_counts_as_spent(school: Any) -> None:
-    """Closing the path while a call is out settles it as lost."""
-    room = school(FakeVendor("anthropic", right))
-    path = room.teacher.ask(TASK, VALUE, "r")
-    effect = next(path)
-    assert isinstance(effect, Call)
-    assert isinstance(path.send(effect.function()), Send)
-    path.close()
+def test_an_interrupted_request_counts_as_spent(school: Any) -> None:
+    """Ctrl-C while a call is out: it was sent and may be billed, so it is settled as lost."""
+    room = school(FakeVendor("anthropic", right), interrupt=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        room.ask()
     assert room.ledger() == {"lost": 1}
 
 
@@ -400,10 +372,11 @@ def test_keys_and_prices_are_checked_at_the_start(school: Any) -> None:
         vendor = FakeVendor("anthropic")
         settings = RemoteSettings.model_validate(vendor.settings(model="claude-unknown"))
         with pytest.raises(ConfigError, match="FAKE_ANTHROPIC_KEY"):
-            Teacher(settings, budget, {})
+            Teacher(settings, budget, Sender().send, {})
         with pytest.raises(ConfigError, match=r"remote\.model.*not known"):
-            Teacher(settings, budget, vendor.environ).price_check()
-        Teacher(RemoteSettings.model_validate(vendor.settings()), budget, vendor.environ).price_check()
+            Teacher(settings, budget, Sender().send, vendor.environ).price_check()
+        shipped = RemoteSettings.model_validate(vendor.settings())
+        Teacher(shipped, budget, Sender().send, vendor.environ).price_check()
 
 
 def test_estimates_follow_the_price_list(school: Any) -> None:

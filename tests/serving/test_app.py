@@ -28,7 +28,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
         def open_client() -> AsyncApprentice:
             return AsyncApprentice.from_config(
                 settings(tmp_path, vendor, **more),
-                http_client=httpx.AsyncClient(transport=vendor.transport()),
+                http_client=httpx.Client(transport=vendor.transport()),
                 engine=FakeEngine(lambda version, value: truth(value)),
                 environ=vendor.environ,
             )

@@ -1,14 +1,16 @@
-"""One path, two drivers: what a path sees must not depend on who walks it."""
+"""Sending: the whole answer or a clear failure, by the deadline, whoever's client it is."""
 
-import asyncio
 import contextlib
 import gzip
 import http.server
 import json
+import multiprocessing
 import pathlib
 import socket
 import ssl
 import threading
+import tracemalloc
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -22,84 +24,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from apprentice.effects import Both, Call, Outcome, Path, Send, Sleep, run_async, run_sync
-from apprentice.transport import Endpoint, Request, Response, async_sender, sender
+from apprentice.transport import MOST_BYTES, Endpoint, Request, Response, Sender
 
 
-def answer(request: httpx.Request) -> httpx.Response:
-    return httpx.Response(200, json={"path": request.url.path})
+def post(url: str, *, own: bool = False, deadline_s: float = 5.0) -> Response:
+    """Post over real connections: those of a client that the application brought (``own``), or Apprentice's."""
+    with httpx.Client() as client, contextlib.closing(Sender(client if own else None)) as sender:
+        return sender.send(Request(Endpoint(url), b"{}"), deadline_s)
 
 
-def post(url: str) -> Send:
-    return Send(Request(Endpoint(url), b"{}"), deadline_s=5)
+def post_to(answer: httpx.Response) -> Response:
+    """Post where there is no network, and get ``answer``."""
+    with httpx.Client(transport=httpx.MockTransport(lambda _: answer)) as client:
+        return Sender(client).send(Request(Endpoint("http://vendor/v1"), b"{}"), 5.0)
 
 
-def walk(driver: str, path: Path[Any], handler: Any = answer) -> Any:
-    with ThreadPoolExecutor(4) as threads:
-        if driver == "sync":
-            with httpx.Client(transport=httpx.MockTransport(handler)) as client:
-                return run_sync(path, sender(client), threads)
-
-        async def main() -> Any:
-            async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
-                return await run_async(path, async_sender(client), threads)
-
-        return asyncio.run(main())
-
-
-both_drivers = pytest.mark.parametrize("driver", ["sync", "async"])
-
-
-def ask(path: str) -> Path[str]:
-    response = yield post(f"http://remote{path}")
-    return str(json.loads(response.content)["path"])
-
-
-@both_drivers
-def test_a_path_is_sent_the_results_of_its_effects(driver: str) -> None:
-    """Requests, calls and sleeps give their values where they were yielded."""
-
-    def path() -> Path[tuple[str, int]]:
-        first = yield from ask("/a")
-        yield Sleep(0)
-        number = yield Call(lambda: 7)
-        return first, number
-
-    assert walk(driver, path()) == ("/a", 7)
-
-
-@both_drivers
-def test_an_effect_that_fails_raises_inside_the_path(driver: str) -> None:
-    """So that retrying is an ordinary try statement."""
-
-    def path() -> Path[str]:
-        try:
-            yield Call(lambda: 1 // 0)
-        except ZeroDivisionError as error:
-            return str(error)
-        return "unreachable"
-
-    assert "zero" in walk(driver, path())
-
-
-@both_drivers
-def test_both_paths_run_at_once_and_neither_failure_stops_the_other(driver: str) -> None:
-    """Two paths that wait for each other can only end if they run together."""
-    met = threading.Barrier(2, timeout=5)
-
-    def meet(then: Exception | None) -> Path[str]:
-        yield Call(met.wait)
-        if then:
-            raise then
-        return "fine"
-
-    def path() -> Path[tuple[Outcome, Outcome]]:
-        outcomes = yield Both(meet(None), meet(KeyError("lost")))
-        return outcomes  # type: ignore[no-any-return]
-
-    first, second = walk(driver, path())
-    assert first.get() == "fine"
-    assert isinstance(second.error, KeyError)
+either_client = pytest.mark.parametrize("own", [True, False], ids=["the application's client", "its own"])
 
 
 @pytest.fixture
@@ -127,29 +67,9 @@ def dripping_server() -> Iterator[str]:
     listener.close()
 
 
-def walk_by(driver: str, path: Path[Any], *, own: bool) -> Any:
-    """Walk a path over real connections: those of a client that the application brought, or Apprentice's own."""
-    with ThreadPoolExecutor(1) as threads:
-        if driver == "sync":
-            with httpx.Client() as client, contextlib.closing(sender(client if own else None)) as chosen:
-                return run_sync(path, chosen, threads)
-
-        async def main() -> Any:
-            async with (
-                httpx.AsyncClient() as client,
-                contextlib.aclosing(async_sender(client if own else None)) as chosen,
-            ):
-                return await run_async(path, chosen, threads)
-
-        return asyncio.run(main())
-
-
-@both_drivers
-def test_without_a_client_of_ones_own_answers_are_the_same(driver: str) -> None:
-    """Over the bare transport: the answer of a real server, decoded, and an error that says what failed."""
-
-    def path(url: str) -> Path[Response]:
-        return (yield post(url))
+@either_client
+def test_an_answer_comes_whole_and_decoded(own: bool) -> None:
+    """From a real server, with its headers; and where nobody listens, an error that says so."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # the name that the library looks for
@@ -160,18 +80,76 @@ def test_without_a_client_of_ones_own_answers_are_the_same(driver: str) -> None:
             self.end_headers()
             self.wfile.write(body)
 
+        def log_message(self, *_: object) -> None: ...
+
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request).start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        answers = walk_by(driver, path(url), own=False)
-    assert (answers.status, json.loads(answers.content)) == (200, {"path": "zipped"})
-    assert answers.headers["Content-Encoding"] == "gzip"
+        answer = post(url, own=own)
+    assert (answer.status, json.loads(answer.content)) == (200, {"path": "zipped"})
+    assert answer.headers["Content-Encoding"] == "gzip"
     with pytest.raises(httpx.ConnectError):
-        walk_by(driver, path(url), own=False)
+        post(url, own=own)
 
 
-@both_drivers
-def test_proxies_that_the_environment_names_are_used(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "identity", "GZIP"])
+def test_an_answer_is_decoded_once_whatever_its_coding(coding: str) -> None:
+    """Also where a client has read the body already."""
+    pack = {"gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}[coding.lower()]
+    answer = httpx.Response(200, content=pack(b'{"a": 1}'), headers={"content-encoding": coding})
+    assert post_to(answer).content == b'{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "says"),
+    [("br", b"{}", "'br', which was not asked for"), ("gzip", b"{}", "is not the gzip that it says")],
+)
+def test_an_answer_that_cannot_be_decoded_says_why(coding: str, body: bytes, says: str) -> None:
+    """It is a failure of the answer, not of the connection."""
+
+    class Raw(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, stream=httpx.ByteStream(body), headers={"content-encoding": coding})
+
+    with httpx.Client(transport=Raw()) as client, pytest.raises(httpx.DecodingError, match=says):
+        Sender(client).send(Request(Endpoint("http://vendor/v1"), b"{}"), 5.0)
+
+
+def zeros(total: int) -> Iterator[bytes]:
+    """So many zeros, compressed, in pieces of what a network brings at once."""
+    pack = zlib.compressobj(wbits=31)
+    for _ in range(total // 2**20):
+        yield pack.compress(bytes(2**20))
+    yield pack.flush()
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+def test_an_answer_larger_than_any_ends_early(coding: str) -> None:
+    """300 MB, packed into 300 kB or not: given up at the bound, with the bound's memory and not the body's."""
+    read = 0
+
+    class Body(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            nonlocal read
+            for chunk in zeros(300 * 2**20) if coding == "gzip" else (bytes(65536) for _ in range(4800)):
+                read += len(chunk)
+                yield chunk
+
+    class Large(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, stream=Body(), headers={"content-encoding": coding})
+
+    tracemalloc.start()
+    try:
+        with httpx.Client(transport=Large()) as client, pytest.raises(httpx.DecodingError, match="larger than 16,777"):
+            Sender(client).send(Request(Endpoint("http://vendor/v1"), b"{}"), 60.0)
+        assert tracemalloc.get_traced_memory()[1] < 4 * MOST_BYTES
+    finally:
+        tracemalloc.stop()
+    assert 0 < read <= 2 * MOST_BYTES
+
+
+def test_proxies_that_the_environment_names_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request arrives at the proxy, with the vendor's address in it."""
     asked = []
 
@@ -182,15 +160,14 @@ def test_proxies_that_the_environment_names_are_used(driver: str, monkeypatch: p
             self.send_header("content-length", "0")
             self.end_headers()
 
-    def path() -> Path[Response]:
-        return (yield post("http://vendor.invalid/v1"))
+        def log_message(self, *_: object) -> None: ...
 
     for name in ("http_proxy", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as server:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.handle_request).start()
-        assert walk_by(driver, path(), own=False).status == 200
+        assert post("http://vendor.invalid/v1").status == 200
     assert asked == ["http://vendor.invalid/v1"]
 
 
@@ -238,7 +215,7 @@ def kept_alive() -> Iterator[str]:
 
 def test_connections_are_kept_and_those_that_the_server_closed_are_not_used(kept_alive: str) -> None:
     """Requests one after the other share a connection; after the server has closed it, a new one is opened."""
-    with contextlib.closing(sender()) as direct:
+    with contextlib.closing(Sender()) as direct:
         for last in ("/a", "/b", "/last", "/c", "/d"):
             assert direct.send(Request(Endpoint(kept_alive + last), b"{}"), 5.0).status == 200
             if last == "/last":
@@ -268,69 +245,64 @@ def certificate(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-@both_drivers
-def test_a_vendors_certificate_is_checked(
-    driver: str, certificate: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vendors_certificate_is_checked(certificate: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over TLS, to whom the environment trusts; to anybody else nothing is sent, so nothing is billed."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), KeptAlive) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever).start()
-
-        def path() -> Path[Response]:
-            return (yield post(f"https://127.0.0.1:{server.server_port}/v1"))
-
+        url = f"https://127.0.0.1:{server.server_port}/v1"
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            walk_by(driver, path(), own=False)
+            post(url)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert walk_by(driver, path(), own=False).status == 200
+        assert post(url).status == 200
         server.shutdown()
+
+
+def _post_in_child(sender: Sender, url: str) -> None:
+    assert sender.send(Request(Endpoint(url), b"{}"), 5.0).status == 200
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_has_connections_of_its_own(kept_alive: str) -> None:
+    """Two processes that talk on one socket would read each other's answers."""
+    with contextlib.closing(Sender()) as sender:
+        assert sender.send(Request(Endpoint(kept_alive), b"{}"), 5.0).status == 200
+        child = multiprocessing.get_context("fork").Process(target=_post_in_child, args=(sender, kept_alive))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert sender.send(Request(Endpoint(kept_alive), b"{}"), 5.0).status == 200
+    assert len(KeptAlive.connections) == 2
 
 
 def test_threads_have_connections_of_their_own(kept_alive: str) -> None:
     """Fifty requests by five threads: every one answered, by no more connections than threads."""
-    with contextlib.closing(sender()) as direct, ThreadPoolExecutor(5) as threads:
+    with contextlib.closing(Sender()) as direct, ThreadPoolExecutor(5) as threads:
         endpoint = Endpoint(kept_alive)
         statuses = list(threads.map(lambda n: direct.send(Request(endpoint, b"%d" % n), 5.0).status, range(50)))
     assert statuses == [200] * 50
     assert 1 <= len(KeptAlive.connections) <= 5
 
 
-def test_what_is_no_web_address_is_an_error(kept_alive: str) -> None:
+def test_what_is_no_web_address_is_an_error() -> None:
     """As httpx says it; a base_url without its scheme is the usual cause."""
-    with contextlib.closing(sender()) as direct, pytest.raises(httpx.UnsupportedProtocol, match="begin with http"):
-        direct.send(Request(Endpoint("localhost:8000/v1"), b"{}"), 1.0)
+    with pytest.raises(httpx.UnsupportedProtocol):
+        post("localhost:8000/v1")
 
 
 def test_keys_are_in_no_repr() -> None:
     """Requests are printed by debuggers and in tracebacks."""
     request = Request(Endpoint("http://vendor/v1", ("x-api-key", "sk-secret")), b"{}")
-    assert "secret" not in repr(request) + repr(Send(request, 1.0))
+    assert "secret" not in repr(request)
 
 
-@pytest.mark.parametrize("own", [True, False])
-@both_drivers
-def test_a_deadline_holds_against_a_body_that_drips(driver: str, own: bool, dripping_server: str) -> None:
+@either_client
+def test_a_deadline_holds_against_a_body_that_drips(own: bool, dripping_server: str) -> None:
     """The deadline is for the whole answer, not for each read of it."""
-
-    def path() -> Path[None]:
-        yield Send(Request(Endpoint(dripping_server), b"{}"), deadline_s=0.3)
-
     with pytest.raises(httpx.ReadTimeout):
-        walk_by(driver, path(), own=own)
-
-
-@both_drivers
-def test_a_compressed_answer_is_decoded_once(driver: str) -> None:
-    """The driver reads the body itself; whoever reads the response must not decode it again."""
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        body = gzip.compress(b'{"path": "zipped"}')
-        return httpx.Response(200, content=body, headers={"content-encoding": "gzip"})
-
-    assert walk(driver, ask("/a"), handler) == "zipped"
+        post(dripping_server, own=own, deadline_s=0.3)
 
 
 def test_every_wait_of_a_request_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +316,7 @@ def test_every_wait_of_a_request_ends_at_its_deadline(monkeypatch: pytest.Monkey
         return httpx.Response(200, content=b"{}")
 
     with httpx.Client(transport=httpx.MockTransport(answer)) as client:
-        assert sender(client).send(Request(Endpoint("http://vendor/v1"), b"{}"), 10.0).content == b"{}"
+        assert Sender(client).send(Request(Endpoint("http://vendor/v1"), b"{}"), 10.0).content == b"{}"
     (waits,) = seen
     assert dict(waits) == {"connect": 10.0, "read": 10.0, "write": 10.0, "pool": 10.0}
     now[0] = 107.0
