@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from apprentice.errors import EvaluatorError, MissingExtra
@@ -34,6 +38,10 @@ EVALUATORS = ("exact_match", "structured_match", "semantic_similarity", "custom"
 _LONG = 200
 # Sentence encoders read some 256 tokens; what comes after these characters they would not see anyway.
 _READ = 2000
+_EMBEDDINGS = 1024
+# Objects in two lists are matched as well as can be up to this many a side: for the lists of an answer's own fields,
+# for lists inside the items of those, and for lists further in. More of them are matched block by block.
+_EXACT = (64, 16, 4)
 _MISSING: Any = object()
 
 
@@ -98,7 +106,9 @@ class StructuredMatch:
 
     - a number: 1 within ``numeric_tolerance`` (absolute), else 0;
     - a list with ``ordered``: the share of positions that match, of the longer list;
-    - a list otherwise: F1 of the best one-to-one matching of its items (two empty lists match);
+    - a list otherwise: F1 of the best one-to-one matching of its items (two empty lists match). Text, numbers and the
+      like are counted, however many; of objects and lists up to 64 a side are matched as well as can be, of more the
+      equal ones first and the others block by block in the order of their text, which may miss some likeness;
     - an object: the mean over its keys, a key missing on one side counting 0;
     - anything else: 1 where equal, else 0. Text is compared without its surrounding and repeated white space.
 
@@ -173,49 +183,96 @@ class StructuredMatch:
             place[path[-1]] = _shorten(value)
         return kept
 
-    def _alike(self, a: Any, b: Any) -> float:
+    def _alike(self, a: Any, b: Any, depth: int = 0) -> float:
         a = None if a is _MISSING else a
         b = None if b is _MISSING else b
         if isinstance(a, str) and isinstance(b, str):
             return 1.0 if a == b or a.split() == b.split() else 0.0
         if _is_number(a) and _is_number(b):
-            # The slack covers what decimal fractions lose in binary: 0.3 - 0.1 is within 0.2 of nothing else.
-            return (
-                1.0
-                if a == b or abs(a - b) <= self.tolerance + 1e-9 * max(abs(a), abs(b)) * (self.tolerance > 0)
-                else 0.0
-            )
+            return 1.0 if self._near(a, b) else 0.0
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             keys = {*a, *b}
             if not keys:
                 return 1.0
-            return sum(self._alike(a.get(key), b.get(key)) for key in keys) / len(keys)
+            return sum(self._alike(a.get(key), b.get(key), depth) for key in keys) / len(keys)
         if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-            return self._lists(a, b)
+            return self._lists(a, b, depth)
         return 1.0 if _same(a, b) else 0.0
 
-    def _lists(self, a: Sequence[Any], b: Sequence[Any]) -> float:
+    def _near(self, a: float, b: float) -> bool:
+        # With a tolerance, a little more for what decimal fractions lose in binary: 0.3 - 0.1 is more than 0.2.
+        slack = 1e-9 * max(abs(a), abs(b)) if self.tolerance > 0 else 0.0
+        return a == b or abs(a - b) <= self.tolerance + slack
+
+    def _lists(self, a: Sequence[Any], b: Sequence[Any], depth: int) -> float:
         if not a and not b:
             return 1.0
         if not a or not b:
             return 0.0
         if self.ordered:
-            return sum(self._alike(x, y) for x, y in zip(a, b, strict=False)) / max(len(a), len(b))
-        return 2.0 * _best_matching([[self._alike(x, y) for y in b] for x in a]) / (len(a) + len(b))
+            return sum(self._alike(x, y, depth) for x, y in zip(a, b, strict=False)) / max(len(a), len(b))
+        # What has no parts matches its like or nothing, and never an object or a list.
+        plain = self._plain_matches([x for x in a if not _has_parts(x)], [y for y in b if not _has_parts(y)])
+        parted = self._parted_matches([x for x in a if _has_parts(x)], [y for y in b if _has_parts(y)], depth)
+        return 2.0 * (plain + parted) / (len(a) + len(b))
+
+    def _plain_matches(self, a: Sequence[Any], b: Sequence[Any]) -> int:
+        """How many pairs of equals two lists of text, numbers, booleans and nulls make. O(n log n)."""
+        ours, theirs = Counter(map(_kind, a)), Counter(map(_kind, b))
+        matched = sum(min(count, theirs[kind]) for kind, count in ours.items() if kind[0] is not float)
+        numbers = [
+            sorted(kind[1] for kind in counted.elements() if kind[0] is float and kind[1] == kind[1])
+            for counted in (ours, theirs)
+        ]
+        # Whom a number is near to is an interval that moves up with it: going up and taking the first is the best.
+        i = j = 0
+        while i < len(numbers[0]) and j < len(numbers[1]):
+            x, y = numbers[0][i], numbers[1][j]
+            if self._near(x, y):
+                matched += 1
+                i += 1
+                j += 1
+            elif x < y:
+                i += 1
+            else:
+                j += 1
+        return matched
+
+    def _parted_matches(self, a: Sequence[Any], b: Sequence[Any], depth: int) -> float:
+        """The total likeness of a one-to-one matching of objects and lists: the best, up to `_EXACT` of them a side."""
+        most = _EXACT[min(depth, len(_EXACT) - 1)]
+        if not a or not b:
+            return 0.0
+        total = 0.0
+        if max(len(a), len(b)) > most:
+            ours, theirs = Counter(map(_canonical, a)), Counter(map(_canonical, b))
+            total = float((ours & theirs).total())
+            # In the order of their text those that begin alike come into one block.
+            a = [json.loads(text) for text in sorted((ours - theirs).elements())]
+            b = [json.loads(text) for text in sorted((theirs - ours).elements())]
+        blocks = max(1, -(-max(len(a), len(b)) // most))
+        for block in range(blocks):
+            x, y = (items[len(items) * block // blocks : len(items) * (block + 1) // blocks] for items in (a, b))
+            if x and y:
+                total += _best_matching([[self._alike(one, other, depth + 1) for other in y] for one in x])
+        return total
 
 
 class SemanticSimilarity:
     """The cosine of two sentence embeddings, negative ones counting 0; parts are the cosines of the single fields.
 
     With ``match_fields`` the score is the mean over these fields, else the whole answer is compared as text. The model
-    (a hub name or a folder, for sentence-transformers) loads on the first call.
+    (a hub name or a folder, for sentence-transformers) loads on the first call. Raises MissingExtra at once where the
+    library is not there: found at the first comparison, it would cost the task every comparison.
     """
 
     def __init__(self, model: str, match_fields: Sequence[str] = ()) -> None:
+        if not _is_installed("sentence_transformers"):
+            raise MissingExtra("evaluator semantic_similarity", "semantic")
         self.model = model
         self.fields = tuple(match_fields)
         self._encoder: Any = None
-        self._known: dict[str, Any] = {}
+        self._embed = lru_cache(_EMBEDDINGS)(self._encode)
 
     def __call__(self, local: Answer, remote: Answer) -> Evaluation:
         if not self.fields:
@@ -238,13 +295,8 @@ class SemanticSimilarity:
         va, vb = self._embed(a), self._embed(b)
         return min(1.0, max(0.0, float(va @ vb)))
 
-    def _embed(self, text: str) -> Any:
-        if text not in self._known:
-            if len(self._known) >= 1024:
-                self._known.clear()
-            encoded = self._load().encode([text], normalize_embeddings=True, show_progress_bar=False)
-            self._known[text] = encoded[0]
-        return self._known[text]
+    def _encode(self, text: str) -> Any:
+        return self._load().encode([text], normalize_embeddings=True, show_progress_bar=False)[0]
 
     def _load(self) -> Any:
         if self._encoder is None:
@@ -329,6 +381,26 @@ def _at(answer: Any, path: Sequence[str]) -> Any:
         else:
             return _MISSING
     return answer
+
+
+def _is_installed(module: str) -> bool:
+    """Without importing it, which may take seconds."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
+
+
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
+def _kind(value: Any) -> tuple[type | None, Any]:
+    """What a value without parts is equal to: text without its surrounding and repeated space, numbers as numbers."""
+    if isinstance(value, str):
+        return str, " ".join(value.split())
+    if _is_number(value):
+        return float, value
+    return type(value), value
 
 
 def _is_number(value: Any) -> bool:
