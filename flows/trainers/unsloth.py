@@ -1,6 +1,7 @@
 """The trainer for those who have Unsloth and a GPU: its kernels, our tokens and labels.
 
-Unsloth patches transformers when it is imported, and pins it, so it lives in an environment of its own.
+Unsloth patches transformers when it is imported, so it is imported on first use. It can be installed beside the flows
+that call it (`uv sync --extra all --extra unsloth`).
 """
 
 from __future__ import annotations

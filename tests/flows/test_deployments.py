@@ -6,6 +6,7 @@ import importlib
 import importlib.resources
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def _deployment(name: str) -> dict[str, Any]:
     (found,) = [d for d in DEPLOYMENTS if d["name"] == name]
     assert isinstance(found, dict)
     return found
+
+
+def test_one_environment_holds_the_flows_and_every_trainer_that_runs_inside_them() -> None:
+    """Only Axolotl, which is a command of its own, may be declared to conflict with anything."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for conflict in project["tool"]["uv"]["conflicts"]:
+        assert "axolotl" in {part.get("extra") for part in conflict}
 
 
 def test_every_deployment_names_a_flow_that_exists() -> None:
