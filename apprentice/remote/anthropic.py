@@ -2,8 +2,9 @@
 
 Structured output comes in two ways. Models since Claude 4.1 take ``output_config.format`` and decode under the schema.
 Older ones, and schemas that it cannot express, get the schema as a tool's ``input_schema``: forced where the model is
-old, offered where it is not, because models that think by default refuse a forced tool. The system prompt is marked for
-caching; below the vendor's minimum length the mark does nothing.
+old, offered where it is not, because models that think by default refuse a forced tool. The tool is also what
+``structured_output: json_object`` means here. The system prompt is marked for caching; below the vendor's minimum
+length the mark does nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from apprentice.remote.provider import (
     MalformedAnswer,
     Prompt,
     Turn,
+    address,
+    schema_in_words,
+    text_of,
 )
+from apprentice.remote.usage import usage_of
 from apprentice.schema import compact_json
 from apprentice.store import Usage
 from apprentice.transport import Endpoint, Request
@@ -33,6 +38,7 @@ _STOPS: dict[str, Literal["end", "length", "refusal"]] = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
 }
+_ORDINARY = ("", "end_turn", "tool_use", "stop_sequence")
 
 
 class Anthropic:
@@ -42,7 +48,7 @@ class Anthropic:
 
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model
-        url = (base_url or "https://api.anthropic.com").rstrip("/") + "/v1/messages"
+        url = address(base_url or "https://api.anthropic.com", "/v1/messages")
         self._endpoint = Endpoint(url, ("x-api-key", key), ("anthropic-version", "2023-06-01"))
         self._old = bool(_WITHOUT_OUTPUT_FORMAT.match(model))
         self._body = Body("messages")
@@ -53,17 +59,19 @@ class Anthropic:
     def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         messages = [{"role": "user", "content": user}]
         for turn in turns:
-            messages.append({"role": "assistant", "content": turn.answer or "(no answer)"})
+            messages.append({"role": "assistant", "content": turn.shown})
             messages.append({"role": "user", "content": turn.complaint})
         body = self._body.write(prompt, self._fixed, messages)
         return Request(self._endpoint, body)
 
     def _fixed(self, prompt: Prompt) -> dict[str, Any]:
-        schema = None if self._old else closed(prompt.schema)
+        schema = closed(prompt.schema) if prompt.format == "json_schema" and not self._old else None
         system = prompt.system
         body: dict[str, Any] = {"model": self.model, "max_tokens": prompt.max_output_tokens}
         if schema is not None:
             body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+        elif prompt.format == "none":
+            system = schema_in_words(system, prompt.schema)
         else:
             system += f"\n\nGive the answer by calling the tool {_TOOL}."
             tool = {"name": _TOOL, "description": "Hand in the answer.", "input_schema": prompt.schema}
@@ -72,29 +80,38 @@ class Anthropic:
         body["system"] = [{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}]
         return body
 
-    def parse(self, body: dict[str, Any]) -> Completion:
+    def parse(self, body: Any) -> Completion:
         if body.get("type") != "message":
-            raise MalformedAnswer("the answer is no Messages API message")
+            raise MalformedAnswer("it is no Messages API message")
         content = body["content"]
-        called = [b for b in content if b.get("type") == "tool_use" and b.get("name") == _TOOL]
+        called = [b for b in content if isinstance(b, dict) and b.get("type") == "tool_use" and b.get("name") == _TOOL]
         if called:
-            text = compact_json(called[0].get("input"))
+            handed_in = called[0].get("input")
+            # proxies, and older models, give the JSON's text in the place of the object
+            text = handed_in if isinstance(handed_in, str) else compact_json(handed_in)
         else:
-            text = "".join(b.get("text", "") for b in content if b.get("type") == "text")
-        stop = _STOPS.get(body.get("stop_reason", ""), "end")
-        return Completion(text, _usage(body.get("usage")), stop)
+            text = text_of(content)
+        reason = body.get("stop_reason") or ""
+        if reason in _ORDINARY:
+            return Completion(text, _usage(body.get("usage")))
+        return Completion(text, _usage(body.get("usage")), _STOPS.get(reason, "end"), str(reason))
 
 
 def _usage(reported: Any) -> Usage | None:
-    if not isinstance(reported, dict) or not isinstance(reported.get("output_tokens"), int):
+    if not isinstance(reported, dict):
         return None
-    cached = reported.get("cache_read_input_tokens") or 0
-    written = reported.get("cache_creation_input_tokens") or 0
-    details = reported.get("output_tokens_details") or {}
-    return Usage(
-        input=(reported.get("input_tokens") or 0) + cached + written,
-        output=reported["output_tokens"],
+    cached: Any = reported.get("cache_read_input_tokens") or 0
+    written: Any = reported.get("cache_creation_input_tokens") or 0
+    plain: Any = reported.get("input_tokens")
+    details = reported.get("output_tokens_details")
+    try:
+        read = plain + cached + written  # this vendor counts them apart
+    except TypeError:
+        return None
+    return usage_of(
+        read,
+        reported.get("output_tokens"),
         cached=cached,
         cache_write=written,
-        reasoning=details.get("thinking_tokens") or 0,
+        reasoning=details.get("thinking_tokens") if isinstance(details, dict) else None,
     )

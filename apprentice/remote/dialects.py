@@ -25,7 +25,10 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any] | None:
     return _convert(schema, all_required=False)
 
 
-def _convert(node: Mapping[str, Any], *, all_required: bool) -> dict[str, Any] | None:
+def _convert(node: Any, *, all_required: bool) -> dict[str, Any] | None:
+    if not isinstance(node, Mapping):  # JSON Schema's true and false
+        return None
+    node = _one_type_each(node)
     described = {"description": node["description"]} if "description" in node else {}
     if "const" in node:
         return {**_typed(node), "const": node["const"], **described}
@@ -62,6 +65,17 @@ def _convert(node: Mapping[str, Any], *, all_required: bool) -> dict[str, Any] |
     return None
 
 
+def _one_type_each(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A node whose ``type`` is a list, as the union that it stands for."""
+    kinds = node.get("type")
+    if not isinstance(kinds, list):
+        return node
+    if "enum" in node or "const" in node:  # which say it all
+        return {key: value for key, value in node.items() if key != "type"}
+    outer = {key: node[key] for key in ("description",) if key in node}
+    return {"anyOf": [{**{k: v for k, v in node.items() if k not in outer}, "type": kind} for kind in kinds], **outer}
+
+
 def _typed(node: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": node["type"]} if isinstance(node.get("type"), str) else {}
 
@@ -74,18 +88,22 @@ def _nullable(node: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [node, {"type": "null"}]}
 
 
-def gemini(schema: Mapping[str, Any]) -> dict[str, Any] | None:
+def gemini(schema: Any) -> dict[str, Any] | None:
     """For Gemini's responseSchema: a subset of OpenAPI 3.0, with upper-case types, ``nullable`` and an order."""
+    if not isinstance(schema, Mapping):
+        return None
+    schema = _one_type_each(schema)
     if "const" in schema:
         schema = {**{k: v for k, v in schema.items() if k != "const"}, "enum": [schema["const"]]}
     described = {"description": schema["description"]} if "description" in schema else {}
     if "enum" in schema:
-        values = schema["enum"]
-        if all(isinstance(v, str) for v in values):
-            return {"type": "STRING", "enum": list(values), **described}
-        if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        values = [value for value in schema["enum"] if value is not None]
+        nullable = {"nullable": True} if len(values) < len(schema["enum"]) else {}
+        if values and all(isinstance(v, str) for v in values):
+            return {"type": "STRING", "enum": values, **nullable, **described}
+        if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             # enums hold strings there; the description asks, and our own check enforces
-            return {"type": "INTEGER", "description": "one of " + ", ".join(map(str, values))}
+            return {"type": "INTEGER", "description": "one of " + ", ".join(map(str, values)), **nullable}
         return None
     if "anyOf" in schema:
         branches = [branch for branch in schema["anyOf"] if branch != {"type": "null"}]
@@ -119,18 +137,42 @@ def gemini(schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def without_null_options(schema: Mapping[str, Any], value: Any) -> Any:
-    """Leave out optional fields that are null: OpenAI must write them, others omit them, and examples should agree."""
-    if isinstance(value, dict) and "properties" in schema:
+    """Leave out the nulls of optional fields whose schema takes none.
+
+    OpenAI must write every field, and writes null for one that is left out. Where the author's schema takes null too,
+    the null may mean something, and it stays.
+    """
+    if isinstance(value, dict) and isinstance(schema.get("properties"), Mapping):
+        properties = schema["properties"]
         required = schema.get("required", ())
-        return {
-            name: without_null_options(schema["properties"].get(name, {}), inner)
-            for name, inner in value.items()
-            if inner is not None or name in required or name not in schema["properties"]
-        }
-    if isinstance(value, list) and "items" in schema:
+        kept = {}
+        for name, inner in value.items():
+            node = properties.get(name)
+            if not isinstance(node, Mapping):
+                kept[name] = inner
+            elif inner is not None or name in required or _takes_null(node):
+                kept[name] = without_null_options(node, inner)
+        return kept
+    if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
         return [without_null_options(schema["items"], item) for item in value]
     if "anyOf" in schema and isinstance(value, dict | list):
         kind = "object" if isinstance(value, dict) else "array"
-        branches = [branch for branch in schema["anyOf"] if branch.get("type") == kind]
+        branches = [branch for branch in schema["anyOf"] if _is_of(branch, kind)]
         return without_null_options(branches[0], value) if len(branches) == 1 else value
     return value
+
+
+def _takes_null(node: Mapping[str, Any]) -> bool:
+    if "const" in node:
+        return node["const"] is None
+    if "enum" in node:
+        return None in node["enum"]
+    for union in ("anyOf", "oneOf"):
+        if union in node:
+            return any(not isinstance(branch, Mapping) or _takes_null(branch) for branch in node[union])
+    return "type" not in node or _is_of(node, "null")
+
+
+def _is_of(node: Any, kind: str) -> bool:
+    stated = node.get("type") if isinstance(node, Mapping) else None
+    return kind in stated if isinstance(stated, list) else kind == stated

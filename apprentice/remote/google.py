@@ -7,7 +7,7 @@ instruction and the answer is only bound to be JSON. Gemini caches common prefix
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from apprentice.remote.dialects import gemini
 from apprentice.remote.provider import (
@@ -16,14 +16,19 @@ from apprentice.remote.provider import (
     MalformedAnswer,
     Prompt,
     Turn,
+    address,
+    schema_in_words,
+    text_of,
 )
-from apprentice.schema import compact_json
+from apprentice.remote.usage import usage_of
 from apprentice.store import Usage
 from apprentice.transport import Endpoint, Request
 
 __all__ = ["Google"]
 
-_FINISHED = ("STOP", "FINISH_REASON_UNSPECIFIED", None)
+_ORDINARY = ("STOP", "FINISH_REASON_UNSPECIFIED", None)
+# The model stumbled; what text there is may be read, and repaired. All other reasons are a filter's.
+_BROKEN = ("OTHER", "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
 
 
 class Google:
@@ -33,9 +38,9 @@ class Google:
 
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model.removeprefix("models/")
-        base = (base_url or "https://generativelanguage.googleapis.com/v1beta").rstrip("/")
+        base = base_url or "https://generativelanguage.googleapis.com/v1beta"
         # the key in a header and never in the URL, which is logged
-        self._endpoint = Endpoint(f"{base}/models/{self.model}:generateContent", ("x-goog-api-key", key))
+        self._endpoint = Endpoint(address(base, f"/models/{self.model}:generateContent"), ("x-goog-api-key", key))
         self._body = Body("contents")
 
     def __repr__(self) -> str:
@@ -44,47 +49,50 @@ class Google:
     def build(self, prompt: Prompt, user: str, turns: Sequence[Turn] = ()) -> Request:
         contents: list[dict[str, Any]] = [{"role": "user", "parts": [{"text": user}]}]
         for turn in turns:
-            contents.append({"role": "model", "parts": [{"text": turn.answer or "(no answer)"}]})
+            contents.append({"role": "model", "parts": [{"text": turn.shown}]})
             contents.append({"role": "user", "parts": [{"text": turn.complaint}]})
         body = self._body.write(prompt, self._fixed, contents)
         return Request(self._endpoint, body)
 
     def _fixed(self, prompt: Prompt) -> dict[str, Any]:
-        schema = gemini(prompt.schema)
+        schema = gemini(prompt.schema) if prompt.format == "json_schema" else None
         system = prompt.system
-        generation: dict[str, Any] = {
-            "maxOutputTokens": prompt.max_output_tokens,
-            "responseMimeType": "application/json",
-        }
+        generation: dict[str, Any] = {"maxOutputTokens": prompt.max_output_tokens}
+        if prompt.format != "none":
+            generation["responseMimeType"] = "application/json"
         if schema is not None:
             generation["responseSchema"] = schema
         else:
-            system += f"\n\nThe schema: {compact_json(prompt.schema)}"
+            system = schema_in_words(system, prompt.schema)
         return {"systemInstruction": {"parts": [{"text": system}]}, "generationConfig": generation}
 
-    def parse(self, body: dict[str, Any]) -> Completion:
+    def parse(self, body: Any) -> Completion:
         usage = _usage(body.get("usageMetadata"))
         candidates = body.get("candidates")
         if not candidates:
-            if (body.get("promptFeedback") or {}).get("blockReason"):
-                return Completion("", usage, "refusal")
-            raise MalformedAnswer("the answer holds no candidates")
+            if blocked := (body.get("promptFeedback") or {}).get("blockReason"):
+                return Completion("", usage, "refusal", str(blocked))
+            raise MalformedAnswer("it holds no candidates")
         candidate = candidates[0]
-        parts = (candidate.get("content") or {}).get("parts") or ()
-        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-        finish = candidate.get("finishReason")
-        if finish in _FINISHED:
+        text = text_of((candidate.get("content") or {}).get("parts"))
+        reason = candidate.get("finishReason")
+        if reason in _ORDINARY:
             return Completion(text, usage)
-        return Completion(text, usage, "length" if finish == "MAX_TOKENS" else "refusal")
+        stop: Literal["length", "refusal", "end"] = "end"
+        if reason == "MAX_TOKENS":
+            stop = "length"
+        elif reason not in _BROKEN:
+            stop = "refusal"
+        return Completion(text, usage, stop, str(reason))
 
 
 def _usage(reported: Any) -> Usage | None:
-    if not isinstance(reported, dict) or not isinstance(reported.get("promptTokenCount"), int):
+    if not isinstance(reported, dict):
         return None
     thoughts = reported.get("thoughtsTokenCount") or 0
-    return Usage(
-        input=reported["promptTokenCount"] + (reported.get("toolUsePromptTokenCount") or 0),
-        output=(reported.get("candidatesTokenCount") or 0) + thoughts,
-        cached=reported.get("cachedContentTokenCount") or 0,
-        reasoning=thoughts,
-    )
+    try:  # this vendor counts them apart
+        read = reported["promptTokenCount"] + (reported.get("toolUsePromptTokenCount") or 0)
+        written = (reported.get("candidatesTokenCount") or 0) + thoughts
+    except (KeyError, TypeError):
+        return None
+    return usage_of(read, written, cached=reported.get("cachedContentTokenCount"), reasoning=thoughts)

@@ -31,15 +31,16 @@ from apprentice.errors import (
     RemoteUnavailable,
 )
 from apprentice.prompts import remote_system, remote_user
+from apprentice.remote.answers import read
 from apprentice.remote.anthropic import Anthropic
 from apprentice.remote.breaker import Breaker
 from apprentice.remote.dialects import without_null_options
-from apprentice.remote.failures import Failure, of_exception, of_response, without_secrets
+from apprentice.remote.failures import Failure, of_exception, of_response
 from apprentice.remote.google import Google
 from apprentice.remote.limits import Limits
 from apprentice.remote.openai import OpenAIChat, OpenAIResponses
 from apprentice.remote.pricing import PriceList, check_price
-from apprentice.remote.provider import Completion, MalformedAnswer, Prompt, Provider, Turn
+from apprentice.remote.provider import Completion, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
 from apprentice.store import Reservation, Settlement, Usage
 from apprentice.transport import Request, Response, Send
@@ -353,12 +354,8 @@ class Teacher:
             self._sleep(wait)
 
     def _read(self, source: _Source, response: Response) -> tuple[Completion | None, Failure | None]:
-        try:
-            body = json.loads(response.content)
-            return source.provider.parse(body), None
-        except (MalformedAnswer, LookupError, TypeError, AttributeError, ValueError) as error:
-            text = without_secrets(f"{type(error).__name__}: {error}", source.key)
-            return None, Failure(f"gave an answer that its API does not describe ({text})", billed=True)
+        answer = read(source.provider, response, self._clock(), source.key)
+        return (None, answer) if isinstance(answer, Failure) else (answer, None)
 
     def _settle(
         self, source: _Source, task: TaskSettings, account: _Account, completion: Completion, price: Any
