@@ -106,7 +106,9 @@ def gemini(schema: Any) -> dict[str, Any] | None:
             return {"type": "INTEGER", "description": "one of " + ", ".join(map(str, values)), **nullable}
         return None
     if "anyOf" in schema:
-        branches = [branch for branch in schema["anyOf"] if branch != {"type": "null"}]
+        branches = [
+            branch for branch in schema["anyOf"] if not (isinstance(branch, Mapping) and branch.get("type") == "null")
+        ]
         converted = [gemini(branch) for branch in branches]
         if None in converted:
             return None
@@ -124,7 +126,7 @@ def gemini(schema: Any) -> dict[str, Any] | None:
             return {
                 "type": "OBJECT",
                 "properties": inner,
-                "required": list(schema.get("required", ())),
+                "required": [name for name in properties if name in schema.get("required", ())],
                 "propertyOrdering": list(properties),
                 **described,
             }
@@ -174,5 +176,6 @@ def _takes_null(node: Mapping[str, Any]) -> bool:
 
 
 def _is_of(node: Any, kind: str) -> bool:
+    """Whether a node takes values of this type, as far as its ``type`` says."""
     stated = node.get("type") if isinstance(node, Mapping) else None
     return kind in stated if isinstance(stated, list) else kind == stated

@@ -45,19 +45,47 @@ def test_nested_schemas_are_closed_all_the_way_down() -> None:
     assert google["properties"]["n"] == {"type": "INTEGER", "description": "one of 1, 2"}
 
 
-def test_null_options_are_left_out() -> None:
-    """What OpenAI writes as null and others omit becomes one form; required nulls stay."""
+def test_nulls_stay_where_the_author_takes_them() -> None:
+    """OpenAI writes null for a field that is left out; it goes where the schema takes no null, and stays elsewhere."""
+    text = {"type": "string"}
     schema = {
         "type": "object",
         "properties": {
-            "a": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-            "b": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-            "c": {"type": "array", "items": {"type": "object", "properties": {"d": {"type": "string"}}}},
+            "required": {"anyOf": [text, {"type": "null"}]},
+            "union": {"anyOf": [text, {"type": "null"}]},
+            "listed": {"type": ["string", "null"]},
+            "chosen": {"enum": ["a", None]},
+            "anything": {},
+            "plain": text,
+            "choice": {"enum": ["a", "b"]},
+            "items": {"type": "array", "items": {"type": "object", "properties": {"d": text}}},
         },
-        "required": ["a", "c"],
+        "required": ["required", "items"],
     }
-    value = {"a": None, "b": None, "c": [{"d": None}, {"d": "x"}]}
-    assert without_null_options(schema, value) == {"a": None, "c": [{}, {"d": "x"}]}
+    value = {**dict.fromkeys(schema["properties"]), "items": [{"d": None}, {"d": "x"}]}  # type: ignore[call-overload]
+    kept = dict.fromkeys(["required", "union", "listed", "chosen", "anything"])
+    assert without_null_options(schema, value) == {**kept, "items": [{}, {"d": "x"}]}
+
+
+@pytest.mark.parametrize("kinds", [["integer", "null"], ["null", "string"], ["string", "number", "null"]])
+def test_lists_of_types_are_unions(kinds: list[str]) -> None:
+    """JSON Schema's usual way of saying that a field may be null is said in each vendor's own way."""
+    schema = {"type": "object", "properties": {"x": {"type": kinds, "minimum": 0}}, "required": ["x"]}
+    for convert in (strict, closed):
+        converted = convert(schema)
+        assert converted is not None
+        assert converted["properties"]["x"] == {"anyOf": [{"type": kind} for kind in kinds]}
+    google = gemini(schema)
+    assert google is not None
+    assert google["properties"]["x"]["nullable"] is True
+
+
+def test_an_enum_with_null_is_nullable_for_gemini() -> None:
+    """Its enums hold strings alone; null is said beside them."""
+    schema = {"type": "object", "properties": {"x": {"enum": ["a", "b", None]}}}
+    google = gemini(schema)
+    assert google is not None
+    assert google["properties"]["x"] == {"type": "STRING", "enum": ["a", "b"], "nullable": True}
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 40)), max_size=60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,10 +10,11 @@ import httpx
 import pytest
 
 from apprentice.config import ProviderSettings
-from apprentice.remote.failures import of_exception, of_response
-from apprentice.remote.provider import Prompt, Turn
+from apprentice.remote.answers import bare_json, fit, read
+from apprentice.remote.failures import LONGEST_PAUSE_S, Failure, of_exception, of_response
+from apprentice.remote.provider import Completion, Prompt, Turn, address
 from apprentice.remote.teacher import make_provider
-from apprentice.schema import parse_schema
+from apprentice.schema import SchemaError, parse_schema
 from apprentice.store import Usage
 from apprentice.transport import Request, Response
 
@@ -258,6 +260,11 @@ ERRORS = [
     (503, {"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}}, True),
     (403, [{"error": {"code": 403, "message": "denied", "status": "PERMISSION_DENIED"}}], False),
     (500, None, True),
+    (403, "<html>no such page", False),
+    (429, {"error": {"details": 5, "message": ["x"]}}, True),
+    (400, {"error": [1]}, False),
+    (422, [], False),
+    (301, {}, False),
 ]
 
 
@@ -271,6 +278,97 @@ def test_error_bodies(status: int, body: Any, again: bool) -> None:
     assert failure.message
 
 
+@pytest.mark.parametrize("status", [408, 502, 504, 520, 524])
+def test_a_gateway_that_gave_up_may_have_been_billed(status: int) -> None:
+    """It says that the vendor was asked and did not finish in time, as a time-out of our own does."""
+    failure = of_response(received(httpx.Response(status, text="<html>Gateway time-out")), 0.0)
+    assert failure is not None
+    assert (failure.status, failure.again, failure.billed) == (status, True, True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"error":' * 50_000, b"\xff\xfe", b"", b'"\\ud800"', b"1" * 5_000]
+)
+@pytest.mark.parametrize("status", [200, 400, 429, 500])
+@pytest.mark.parametrize("vendor", ["anthropic", "openai", "google"])
+def test_bodies_that_break_parsers(vendor: str, status: int, content: bytes) -> None:
+    """Nesting, bytes and numbers that JSON's parser refuses in one way or another are a failure like any other."""
+    failure = read(provider(vendor), Response(status, content), 0.0)
+    assert isinstance(failure, Failure)
+    assert failure.message
+    assert failure.billed is (status == 200)
+
+
+INSIDE_200 = [
+    ("openai", {"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429}}, 429, True),
+    ("openai", {"error": {"message": "Provider returned error", "code": "502"}, "usage": None}, 502, True),
+    ("openai", {"error": "model not loaded"}, None, True),
+    ("openai", {"error": {"message": "No", "code": "invalid_api_key"}}, 401, False),
+    ("openai", {"error": {"message": "No", "type": "insufficient_quota"}}, 429, False),
+    ("openai", {"choices": [{"error": {"message": "overloaded", "code": 503}, "finish_reason": "error"}]}, 503, True),
+    ("openai", {"choices": [{"message": {"content": "{}"}, "finish_reason": "error"}]}, None, True),
+    ("anthropic", {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, 529, True),
+    ("anthropic", {"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}, 429, True),
+    ("google", {"error": {"code": 403, "message": "denied", "status": "PERMISSION_DENIED"}}, 403, False),
+    ("google", {"error": {"message": "later", "status": "RESOURCE_EXHAUSTED"}}, 429, True),
+    (
+        "responses",
+        {"status": "failed", "error": {"code": "server_error", "message": "an error"}, "output": []},
+        500,
+        True,
+    ),
+    ("responses", {"status": "failed", "error": {"code": "rate_limit_exceeded", "message": "slow"}}, 429, True),
+    ("responses", {"status": "cancelled", "error": None, "output": []}, None, True),
+]
+
+
+@pytest.mark.parametrize(("vendor", "body", "status", "again"), INSIDE_200)
+def test_errors_inside_a_200(vendor: str, body: dict[str, Any], status: int | None, again: bool) -> None:
+    """They are error responses with their own code and the vendor's words, and nothing was billed before a gateway."""
+    of = provider("openai", api="responses") if vendor == "responses" else provider(vendor)
+    failure = read(of, received(httpx.Response(200, json=body)), 0.0)
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.again, failure.billed) == (status, again, status == 502)
+    assert failure.throttled is (status in (429, 529) and again)
+    said = body.get("error") or body.get("choices", [{}])[0].get("error") or {}
+    assert (said if isinstance(said, str) else said.get("message", "")) in failure.message
+
+
+def test_an_error_with_usage_is_on_the_bill() -> None:
+    """A vendor that counts the tokens of an answer that failed bills them."""
+    body = {"status": "failed", "error": {"code": "server_error", "message": "x"}, "usage": {"output_tokens": 5}}
+    failure = read(provider("openai", api="responses"), received(httpx.Response(200, json=body)), 0.0)
+    assert isinstance(failure, Failure)
+    assert failure.billed
+
+
+ABOUT_FORMAT = [
+    (
+        400,
+        {"error": {"message": "This response_format type is unavailable now", "code": "invalid_request_error"}},
+        True,
+    ),
+    (400, {"error": {"message": "Unsupported parameter", "param": "response_format"}}, True),
+    (422, {"detail": [{"loc": ["body", "response_format", "type"], "msg": "unexpected value"}]}, True),
+    (400, {"error": {"message": "Expected at most 1000 enum values in total within a schema."}}, True),
+    (400, {"error": {"message": "Request contains an invalid argument.", "status": "INVALID_ARGUMENT"}}, True),
+    (400, {"error": {"message": "The specified schema produces a constraint that has too many states."}}, True),
+    (400, {"type": "error", "error": {"message": "output_config: Extra inputs are not permitted"}}, True),
+    (400, {"error": {"message": "prompt is too long: 250000 tokens"}}, False),
+    (401, {"error": {"message": "no key for response_format"}}, False),
+    (429, {"error": {"message": "schema"}}, False),
+    (500, {"error": {"message": "schema"}}, False),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "about"), ABOUT_FORMAT)
+def test_refusals_of_the_answers_format(status: int, body: Any, about: bool) -> None:
+    """What is refused because of how the answer was asked for is told from what is refused for another reason."""
+    failure = of_response(received(httpx.Response(status, json=body)), 0.0)
+    assert failure is not None
+    assert failure.about_format is about
+
+
 @pytest.mark.parametrize(
     ("headers", "body", "seconds"),
     [
@@ -279,6 +377,19 @@ def test_error_bodies(status: int, body: Any, again: bool) -> None:
         ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, {}, 90.0),
         ({"retry-after": "-3"}, {}, 0.0),
         ({"retry-after": "soon"}, {}, None),
+        ({"retry-after": "nan"}, {}, None),
+        ({"retry-after": "inf"}, {}, LONGEST_PAUSE_S),
+        ({"retry-after": "-inf"}, {}, 0.0),
+        ({"retry-after": "1e400"}, {}, LONGEST_PAUSE_S),
+        ({"retry-after": "86400"}, {}, LONGEST_PAUSE_S),
+        ({"retry-after-ms": "1e300"}, {}, LONGEST_PAUSE_S),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, {}, LONGEST_PAUSE_S),
+        ({"retry-after": "Fri, 31 Dec 99999 23:59:59 GMT"}, {}, None),
+        ({"retry-after": "Mon, 01 Jan 1900 00:00:00 GMT"}, {}, 0.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "9" * 400 + "h"}, {}, LONGEST_PAUSE_S),
+        ({"anthropic-ratelimit-tokens-remaining": "0", "anthropic-ratelimit-tokens-reset": "tomorrow"}, {}, None),
+        ({}, {"error": {"details": 5}}, None),
+        ({}, {"error": {"details": [5, {"retryDelay": 5}, {"retryDelay": "1s"}]}}, 1.0),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, {}, 360.0),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "120ms"}, {}, 0.12),
         ({"x-ratelimit-remaining-requests": "5", "x-ratelimit-reset-requests": "120ms"}, {}, None),
@@ -322,8 +433,251 @@ def test_keys_do_not_survive_in_messages() -> None:
         (httpx.ReadError("reset"), True),
         (httpx.WriteError("reset"), True),
         (httpx.RemoteProtocolError("half"), True),
+        (httpx.DecodingError("bomb"), True),
+        (httpx.ProxyError("403 Forbidden"), False),
+        (httpx.LocalProtocolError("Illegal header value b'x\\n'"), False),
+        (httpx.UnsupportedProtocol("ftp"), False),
+        (httpx.InvalidURL("port"), False),
     ],
 )
-def test_what_was_sent_may_be_billed(error: httpx.HTTPError, billed: bool) -> None:
+def test_what_was_sent_may_be_billed(error: Exception, billed: bool) -> None:
     """A request that never left is free; one whose answer never came may not be."""
     assert of_exception(error).billed is billed
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.LocalProtocolError(f"Illegal header value b'Bearer {KEY}\\n'"), httpx.UnsupportedProtocol("ftp")]
+)
+def test_a_request_that_is_wrong_here_is_not_tried_again(error: Exception) -> None:
+    """A header or a URL that cannot be sent would not be sent the next time either; the key in it is not shown."""
+    failure = of_exception(error, KEY)
+    assert not failure.again
+    assert KEY not in failure.message
+
+
+OBJECT = '{"label":"a"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        OBJECT,
+        f"\n {OBJECT} \n",
+        f"<think>\nthe user is happy: {{}}\n</think>\n\n{OBJECT}",
+        f"the block was opened by the template\n</think>{OBJECT}",
+        f"```json\n{OBJECT}\n```",
+        f"```\r\n{OBJECT}```\n",
+        f"<think></think>\n```JSON\n{OBJECT}\n```",
+    ],
+)
+def test_thoughts_and_one_fence_are_taken_off(text: str) -> None:
+    """Reasoning models think aloud before the answer, and many models fence it."""
+    assert bare_json(text) == OBJECT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Here it is: {OBJECT}",
+        f"```json\n{OBJECT}\n```\nHope this helps!",
+        f"`{OBJECT}`",
+        f"```python\n{OBJECT}\n```",
+        "a",
+    ],
+)
+def test_nothing_else_is_guessed(text: str) -> None:
+    """Where an answer stands in prose, it is the repair's to get it out."""
+    assert bare_json(text) == text
+
+
+def test_an_answer_keeps_what_looks_like_markup_inside_it() -> None:
+    """Tags and fences in a field's text are the field's."""
+    text = '{"label":"a","note":"</think> ```json x```"}'
+    assert bare_json(text) == text
+
+
+@pytest.mark.parametrize(
+    ("completion", "says"),
+    [
+        (Completion("", None), "answer: is empty."),
+        (Completion(" \n", None, "end", "OTHER"), r"is empty \(it stopped with OTHER\)"),
+        (
+            Completion('{"lab', None, "length", "MAX_TOKENS"),
+            r"cut off at 256 tokens \(it stopped with MAX_TOKENS\).*not JSON",
+        ),
+        (Completion("no", None), "is not JSON"),
+        (Completion("[" * 100_000, None), "answer"),
+        (Completion('{"label":' * 2_000 + "1" + "}" * 2_000, None), "."),
+        (Completion("NaN", None), "."),
+        (Completion("9" * 5_000, None), "."),
+        (Completion('{"label":"c"}', None), "label"),
+        (Completion('{"label":null}', None), "label"),
+    ],
+)
+def test_what_does_not_fit_is_said(completion: Completion, says: str) -> None:
+    """Empty, cut off, too deep, no JSON, no value of the schema: each is a list of problems, no other exception."""
+    schema = parse_schema({"label": ["a", "b"], "note": "str?"})
+    with pytest.raises(SchemaError, match=says):
+        fit(completion, schema, 256, "t")
+
+
+def test_a_null_that_means_left_out_is_left_out() -> None:
+    """An optional field whose schema takes no null may be null in OpenAI's answer; one that takes it keeps it."""
+    schema = parse_schema({"label": ["a", "b"], "note": "str?"})
+    assert fit(Completion('{"label":"a","note":null}', None), schema, 256, "t") == {"label": "a", "note": None}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "body", "text"),
+    [
+        (
+            "openai",
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                    {"type": "text", "text": OBJECT},
+                ]
+            },
+            OBJECT,
+        ),
+        ("openai", {"content": [{"type": "text", "text": '{"label"'}, {"type": "text", "text": ':"a"}'}]}, OBJECT),
+        ("openai", {"content": None}, ""),
+        ("openai", {"content": []}, ""),
+    ],
+)
+def test_content_in_parts_is_joined(vendor: str, body: dict[str, Any], text: str) -> None:
+    """Some servers answer in a list of parts; what the model thought aloud is no part of the answer."""
+    answer = {"choices": [{"index": 0, "message": {"role": "assistant", **body}, "finish_reason": "stop"}]}
+    completion = read(provider(vendor), received(httpx.Response(200, json=answer)), 0.0)
+    assert isinstance(completion, Completion)
+    assert (completion.text, completion.stop, completion.reason) == (text, "end", "")
+
+
+def test_a_tools_input_may_be_text() -> None:
+    """Older models and proxies hand in the JSON's text in the place of the object."""
+    tool = {"type": "tool_use", "id": "t", "name": "answer", "input": '{"label": "a"}'}
+    body = {"type": "message", "role": "assistant", "content": [tool], "stop_reason": "tool_use", "usage": {}}
+    assert provider("anthropic").parse(body).text == '{"label": "a"}'
+
+
+STOPS = [
+    (
+        "openai",
+        {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]},
+        "refusal",
+        "content_filter",
+    ),
+    (
+        "openai",
+        {"choices": [{"message": {"content": None, "refusal": "No."}, "finish_reason": "stop"}]},
+        "refusal",
+        "refusal",
+    ),
+    ("openai", {"choices": [{"message": {"content": "{"}, "finish_reason": "length"}]}, "length", "length"),
+    ("google", {"candidates": [{"finishReason": "RECITATION"}]}, "refusal", "RECITATION"),
+    ("google", {"candidates": [{"content": {"parts": []}, "finishReason": "SAFETY"}]}, "refusal", "SAFETY"),
+    ("google", {"promptFeedback": {"blockReason": "BLOCKLIST"}}, "refusal", "BLOCKLIST"),
+    ("google", {"candidates": [{"finishReason": "MAX_TOKENS"}]}, "length", "MAX_TOKENS"),
+    ("google", {"candidates": [{"finishReason": "MALFORMED_FUNCTION_CALL"}]}, "end", "MALFORMED_FUNCTION_CALL"),
+    ("anthropic", {"type": "message", "content": [], "stop_reason": "refusal"}, "refusal", "refusal"),
+    ("anthropic", {"type": "message", "content": [], "stop_reason": "max_tokens"}, "length", "max_tokens"),
+    ("anthropic", {"type": "message", "content": [], "stop_reason": "pause_turn"}, "end", "pause_turn"),
+    (
+        "responses",
+        {"status": "incomplete", "output": [], "incomplete_details": {"reason": "content_filter"}},
+        "refusal",
+        "content_filter",
+    ),
+    ("responses", {"status": "incomplete", "output": []}, "length", "incomplete"),
+]
+
+
+@pytest.mark.parametrize(("vendor", "body", "stop", "reason"), STOPS)
+def test_why_an_answer_ended(vendor: str, body: dict[str, Any], stop: str, reason: str) -> None:
+    """The vendor's own word is kept for whoever reads the error."""
+    of = provider("openai", api="responses") if vendor == "responses" else provider(vendor)
+    completion = of.parse(body)
+    assert (completion.stop, completion.reason) == (stop, reason)
+
+
+ABSURD = [-1, -10_000_000, 10**30, 10**400, 1.5, "50", [50], {"n": 1}, True, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("absurd", [None, *ABSURD])
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens"])
+def test_counts_that_nobody_can_count_are_not_said(name: str, absurd: Any) -> None:
+    """A vendor's usage is foreign input: what is missing or implausible counts as not said, and the answer is kept."""
+    usage = {"prompt_tokens": 50, "completion_tokens": 10, name: absurd}
+    answer = {"choices": [{"message": {"content": OBJECT}, "finish_reason": "stop"}], "usage": usage}
+    completion = read(provider("openai"), Response(200, json.dumps(answer).encode()), 0.0)
+    assert isinstance(completion, Completion)
+    assert (completion.text, completion.usage) == (OBJECT, None)
+
+
+@pytest.mark.parametrize("absurd", ABSURD)
+def test_absurd_parts_of_usage(absurd: Any) -> None:
+    """Cached and reasoning tokens are parts of the whole, for every vendor."""
+    for vendor, body in (
+        ("openai", {"choices": [{"message": {"content": OBJECT}}], "usage": {
+            "prompt_tokens": 50, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": absurd}}}),
+        ("anthropic", {"type": "message", "content": [{"type": "text", "text": OBJECT}], "usage": {
+            "input_tokens": 50, "output_tokens": 10, "cache_read_input_tokens": absurd}}),
+        ("google", {"candidates": [{"content": {"parts": [{"text": OBJECT}]}}], "usageMetadata": {
+            "promptTokenCount": 50, "candidatesTokenCount": 10, "thoughtsTokenCount": absurd}}),
+    ):  # fmt: skip
+        completion = read(provider(vendor), Response(200, json.dumps(body).encode()), 0.0)
+        assert isinstance(completion, Completion)
+        assert completion.text == OBJECT
+        assert completion.usage is None or all(count >= 0 for count in dataclasses.astuple(completion.usage))
+
+
+def test_whole_floats_are_counts_and_zero_for_an_answer_is_none() -> None:
+    """200.0 is 200; an answer of no tokens at all was not counted."""
+
+    def usage(read_tokens: Any, written: Any) -> Any:
+        answer = {
+            "choices": [{"message": {"content": OBJECT}}],
+            "usage": {"prompt_tokens": read_tokens, "completion_tokens": written},
+        }
+        completion = read(provider("openai"), Response(200, json.dumps(answer).encode()), 0.0)
+        assert isinstance(completion, Completion)
+        return completion.usage
+
+    assert usage(200.0, 10) == Usage(input=200, output=10)
+    assert usage(0, 0) is None
+    assert usage(50, 0) is None
+
+
+def test_a_base_url_may_have_a_query() -> None:
+    """The path goes before it."""
+    assert address("https://x.example/openai/v1/?api-version=preview", "/chat/completions") == (
+        "https://x.example/openai/v1/chat/completions?api-version=preview"
+    )
+    for vendor in ("anthropic", "openai", "google"):
+        request = provider(vendor, base_url="http://gateway.example/v1?team=a%20b").build(PROMPT, "hello")
+        assert request.endpoint.url.query == b"team=a%20b"
+        assert request.endpoint.url.path.startswith("/v1/")
+
+
+@pytest.mark.parametrize("vendor", ["anthropic", "openai", "openai_compatible", "responses", "google"])
+def test_an_empty_answer_is_shown_as_such(vendor: str) -> None:
+    """A turn of the model without a text is refused by strict servers, so its repair says that there was none."""
+    more = {"base_url": "http://x/v1"} if vendor == "openai_compatible" else {}
+    of = provider("openai", api="responses") if vendor == "responses" else provider(vendor, **more)
+    body = of.build(PROMPT, "hello", [Turn(" \n", "is empty")]).content.decode()
+    assert "(no answer)" in body
+
+
+@pytest.mark.parametrize("asked", ["json_object", "none"])
+@pytest.mark.parametrize("vendor", ["anthropic", "openai", "openai_compatible", "responses", "google"])
+def test_weaker_formats(vendor: str, asked: Any) -> None:
+    """Without the vendor's enforcement the request holds no schema of its own, and the model is told it in words."""
+    more = {"base_url": "http://x/v1"} if vendor == "openai_compatible" else {}
+    of = provider("openai", api="responses") if vendor == "responses" else provider(vendor, **more)
+    body = sent(of.build(dataclasses.replace(PROMPT, format=asked), "hello"))
+    text = json.dumps(body)
+    assert "json_schema" not in text
+    assert "responseSchema" not in text
+    assert "output_config" not in text
+    assert ("json_object" in text or "application/json" in text or "tool" in text) is (asked == "json_object")
+    assert body.get("tools") or "The JSON Schema of the answer" in text
