@@ -81,7 +81,7 @@ def assemble(
         judge = Judge(settings, store, alerts, clock, draw)
         tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S))
         engine = engine or build_engine(settings.local, settings.root)
-        switch = Switch(engine, _lookup(settings, store), clock=clock, alert=alerts)
+        switch = Switch(engine, _lookup(settings, store), alert=alerts)
         router = Router(
             settings,
             store=store,

@@ -13,6 +13,7 @@
     ├── OutputError            an answer stayed outside the output schema, after its repair
     ├── LocalError             the local model did not answer
     │   ├── EngineUnavailable  its engine is down, slow, or has tripped the circuit breaker
+    │   ├── EngineRefused      its engine answers, and refuses this request: a wrong key, address or setting
     │   └── VersionError       this version's files cannot be served: truncated, corrupt, of another base
     ├── EvaluatorError         an evaluator raised, or returned something that is no score
     ├── StoreError             the store cannot be opened, or was written by a newer Apprentice
@@ -31,6 +32,7 @@ __all__ = [
     "ApprenticeError",
     "BudgetExceeded",
     "ConfigError",
+    "EngineRefused",
     "EngineUnavailable",
     "EvaluatorError",
     "InputError",
@@ -162,6 +164,10 @@ class LocalError(ApprenticeError):
 
 class EngineUnavailable(LocalError):
     """The engine is down, hangs, or is being left alone by its circuit breaker."""
+
+
+class EngineRefused(LocalError):
+    """The engine answers and refuses the request (401, 403, 404, 400): a setting is wrong; waiting does not help."""
 
 
 class VersionError(LocalError):

@@ -6,7 +6,8 @@
     probe.json                  answers that prove a loaded copy is this one (`Probe`, written when it was validated)
 
 Everything is checked before an engine sees it. A LoRA that does not match its base loads silently in most engines
-and then serves the base model's answers; a truncated file may do the same. Here both are a `VersionError`.
+and then serves the base model's answers; a truncated file may do the same, and other files under a version's name
+would serve what nobody validated. Here each is a `VersionError`, and so is every file that is not what it should be.
 """
 
 from __future__ import annotations
@@ -74,9 +75,18 @@ def check_files(folder: Path) -> dict[str, tuple[int, int]]:
     return layers
 
 
-def check_adapter(folder: Path, base: BaseModel) -> None:
-    """Check that the files are whole and made for this base, without loading either. Raises `VersionError`."""
+def check_adapter(folder: Path, base: BaseModel, name: str) -> None:
+    """Check that the files are whole, made for this base, and those of the version ``name``. Raises `VersionError`.
+
+    Neither is loaded. Hashing costs about a second per gigabyte, once a load.
+    """
     layers = check_files(folder)
+    found_name = content_name(folder)
+    if found_name != name:
+        raise VersionError(
+            f"{folder} holds other files than version {name} was made of (their name would be {found_name}); "
+            "restore the folder, or train again"
+        )
     shapes = base_shapes(base)
     for layer, (fan_out, fan_in) in layers.items() if shapes is not None else ():
         assert shapes is not None
@@ -122,8 +132,8 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(_bytes(path))
-    except ValueError as error:
-        raise VersionError(f"{path} is no JSON ({error}); {_AGAIN}") from None
+    except (ValueError, RecursionError) as error:
+        raise VersionError(f"{path} is not JSON ({error}); {_AGAIN}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise VersionError(f"{path} describes no LoRA adapter; {_AGAIN}")
     for key in ("use_dora", "modules_to_save", "layer_replication", "lora_bias", "fan_in_fan_out"):
@@ -137,10 +147,17 @@ def _config(folder: Path) -> dict[str, Any]:
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """LoRA's scaling of one layer: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if layer == pattern or layer.endswith(f".{pattern}"):
-            alpha = value
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        for pattern, value in patterns.items():
+            if layer == pattern or layer.endswith(f".{pattern}"):
+                alpha = value
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, ArithmeticError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise VersionError(f"{CONFIG} scales {layer} by {alpha!r} over rank {rank}, which is not a number; {_AGAIN}")
+    return scale
 
 
 def _pairs(folder: Path, header: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -175,10 +192,15 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             start, end = entry["data_offsets"]
             if entry["dtype"] not in _ITEM_BYTES:
                 raise ValueError(f"{name} is {entry['dtype']}; this reads {', '.join(_ITEM_BYTES)}")
+            # bool and float would pass for whole numbers below.
+            if {type(number) for number in (start, end, *entry["shape"])} != {int} or min(entry["shape"]) < 1:
+                raise ValueError(f"{name} has shape {entry['shape']} at {entry['data_offsets']}")
             if len(entry["shape"]) != 2 or end - start != math.prod(entry["shape"]) * _ITEM_BYTES[entry["dtype"]]:
                 raise ValueError(f"{name} has shape {entry['shape']} in {end - start} bytes")
+            if start < 0:
+                raise ValueError(f"{name} begins at byte {start}")
             ends = max(ends, end)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise VersionError(f"{path} cannot be read ({error}); {_AGAIN}") from None
     if size != 8 + length + ends:
         raise VersionError(f"{path} is {size} bytes and should be {8 + length + ends}: it is truncated; {_AGAIN}")
@@ -194,10 +216,12 @@ def base_shapes(base: BaseModel) -> dict[str, tuple[int, ...]] | None:
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
+                if length > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
                 header = json.loads(file.read(length))
-        except (OSError, ValueError, struct.error) as error:
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
             raise VersionError(f"the base model's {path} cannot be read ({error}); fetch it again") from None
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     return shapes or None
 
 

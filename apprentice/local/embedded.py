@@ -203,7 +203,7 @@ class EmbeddedEngine:
         assert self._vocabulary is not None
         if version.adapter is None:
             return Frame.of_tokenizer(self._vocabulary.tokenizer)
-        check_adapter(version.adapter, self._base)
+        check_adapter(version.adapter, self._base, version.name)
         return Frame.load(version.adapter)
 
     def _bring_in(self, held: _Held) -> None:
@@ -256,9 +256,12 @@ class EmbeddedEngine:
         try:
             done.result()
         except (RuntimeError, MemoryError) as error:
-            raise VersionError(
-                f"the version does not fit in memory ({error}); lower lora_rank or free memory"
-            ) from error
+            # torch has its own class for a GPU's memory and a plain RuntimeError for the machine's.
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+                raise VersionError(
+                    f"the version does not fit in memory ({error}); lower lora_rank or free memory"
+                ) from error
+            raise VersionError(f"the model cannot take the version ({error}); train it again on this base") from error
 
     # --- asking -------------------------------------------------------------------------------------------------
 

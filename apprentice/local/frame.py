@@ -80,7 +80,7 @@ class Frame:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return cls(str(stored["prefix"]), str(stored["suffix"]), str(stored["stop"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VersionError(
                 f"{path} cannot be read ({error}); nobody knows what the adapter was trained in: train it again"
             ) from None

@@ -1,7 +1,7 @@
 """GGUF: reading a base model's header, and writing a PEFT adapter as a LoRA that llama.cpp loads.
 
-llama.cpp runs in this process and a file it cannot digest may take the process with it; so a file is checked here
-first. Format: ggml's docs/gguf.md.
+llama.cpp aborts on a file that it cannot digest, and says little; so a file is checked here first. Format: ggml's
+docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ __all__ = ["GgufHeader", "read_gguf_header", "write_lora"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DEEPEST = 4
+"""Arrays in arrays that are read. No model has any; only a hostile file has thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def _string(file: BinaryIO) -> str:
     return file.read(length).decode("utf-8", "replace")
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
+def _value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
     """One metadata value; arrays (the vocabulary) are skipped and give None."""
     if kind == _STRING:
         return _string(file)
@@ -81,12 +83,14 @@ def _value(file: BinaryIO, kind: int) -> Any:
         return _number(file, _SCALARS[kind])
     if kind != _ARRAY:
         raise ValueError(f"it holds a value of unknown type {kind}")
+    if depth > _DEEPEST:
+        raise ValueError(f"it holds arrays nested more than {_DEEPEST} deep")
     item, count = _number(file, "I"), _number(file, "Q")
     if item in _SCALARS:
         file.seek(count * struct.calcsize("<" + _SCALARS[item]), os.SEEK_CUR)
     else:
         for _ in range(count):
-            _value(file, item)
+            _value(file, item, depth + 1)
     return None
 
 

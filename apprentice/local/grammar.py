@@ -111,7 +111,7 @@ STRING_REST: Node = Ref("string_rest")
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar with the rules its references name. ``ends`` are the bytes that may close it, included in it."""
+    """A grammar: the node it begins with, and the rules that its references name."""
 
     root: Node
     rules: Mapping[str, Node]

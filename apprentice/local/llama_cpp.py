@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import secrets
@@ -40,6 +41,8 @@ from apprentice.local.skeleton import Free
 
 __all__ = ["LlamaCppEngine"]
 
+_log = logging.getLogger(__name__)
+
 _SLOTS = 16
 _CONTEXT = 8192
 """Tokens of all requests under way together."""
@@ -52,12 +55,13 @@ _PARTING_S = 5.0
 class _Completer:
     """One llama.cpp server with one set of adapters, as following the skeleton needs it."""
 
-    def __init__(self, client: httpx.Client, loras: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, client: httpx.Client, loras: Sequence[Mapping[str, Any]], task: str) -> None:
         self._client = client
         self._loras = list(loras)
-        self.encode = lru_cache(maxsize=4096)(self._encode)
+        self._task = task
+        self.encode = lru_cache(maxsize=4096)(self.encode_input)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def encode_input(self, text: str) -> tuple[int, ...]:
         return self.tokens(text, special=False)
 
     def tokens(self, text: str, *, special: bool) -> tuple[int, ...]:
@@ -101,7 +105,7 @@ class _Completer:
         return self._post("/completion", body, ends_at)
 
     def _post(self, path: str, body: Mapping[str, Any], ends_at: float) -> Any:
-        return post(self._client, "llama.cpp", path, body, ends_at)
+        return post(self._client, "llama.cpp", path, body, ends_at, task=self._task)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,15 +197,18 @@ class LlamaCppEngine:
         return resolve_base_model(self._base_model, self._root, dequantise=False)
 
     def _lora(self, version: Version, base: BaseModel, header: GgufHeader) -> Path | None:
-        """The version's adapter as GGUF, converted once and kept in its folder."""
+        """The version's adapter as GGUF, in its folder. Always converted anew: a damaged one may load and answer."""
         if version.adapter is None:
             return None
-        check_adapter(version.adapter, base)
+        check_adapter(version.adapter, base, version.name)
         target = version.adapter / f"{version.name}.gguf"
-        if target.is_file():
-            read_gguf_header(target)
-        else:
+        try:
             write_lora(read_adapter(version.adapter), header, target, str(version.adapter))
+        except OSError as error:
+            if not target.is_file():
+                raise VersionError(f"{target} cannot be written ({error.strerror}); make the folder writable") from None
+            _log.warning("using %s as it is: it cannot be written again (%s)", target, error.strerror)
+            read_gguf_header(target)
         return target
 
     def _own_frame(self, base: BaseModel) -> Frame:
@@ -228,7 +235,7 @@ class LlamaCppEngine:
         )
         client = _client(address, key)
         loras = [{"id": 0, "scale": 1.0}] if lora is not None else []
-        completer = _Completer(client, loras)
+        completer = _Completer(client, loras, version.task)
         framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
         return _Served(framed, completer, client, lora.stat().st_size if lora else 0, process)
 
@@ -248,7 +255,7 @@ class LlamaCppEngine:
             )
         # Every other adapter is switched off in each request.
         loras = [{"id": row["id"], "scale": 1.0 if row["id"] in mine[:1] else 0.0} for row in there]
-        completer = _Completer(client, loras)
+        completer = _Completer(client, loras, version.task)
         framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
         return _Served(framed, completer, client, lora.stat().st_size if lora else 0)
 

@@ -52,7 +52,7 @@ def read_probes(folder: Path) -> list[Probe]:
         return [Probe(row["input"], row["output"], row.get("base_output")) for row in rows]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VersionError(f"{path} cannot be read ({error}); validate the version again") from None
 
 

@@ -8,6 +8,7 @@ one request cheap.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,21 @@ from typing import Any, Protocol
 
 import httpx
 
-from apprentice.errors import ApprenticeError, EngineUnavailable, OutputError, Problem
+from apprentice.errors import (
+    ApprenticeError,
+    EngineRefused,
+    EngineUnavailable,
+    OutputError,
+    Problem,
+    VersionError,
+)
 from apprentice.local.decoding import Decoding
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Free, Skeleton
 from apprentice.prompts import compact_prompt
 
-__all__ = ["Completer", "Courtesy", "Framed", "Written", "answer_by", "ask_all", "post"]
+__all__ = ["Completer", "Courtesy", "Framed", "Written", "answer_by", "ask_all", "post", "refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,10 @@ class Completer(Protocol):
     """What a server can do with a row of tokens, in time. Raises `EngineUnavailable`, `OutputError`."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Tokenise without special tokens."""
+        """Tokenise a piece of the skeleton, without special tokens. There are few of them: remember the tokens."""
+
+    def encode_input(self, text: str) -> Sequence[int]:
+        """Tokenise a request's text, without special tokens. It is the user's: do not keep it."""
 
     def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
         """The logits, up to a constant, of some next tokens."""
@@ -67,7 +78,7 @@ class Framed:
 
 def answer_by(server: Completer, framed: Framed, value: Mapping[str, Any], most: int, ends_at: float) -> LocalAnswer:
     """Answer one input. ``ends_at`` is on the monotonic clock. Raises `EngineUnavailable`, `OutputError`."""
-    tokens = [*framed.prefix, *server.encode(compact_prompt(value)), *framed.suffix]
+    tokens = [*framed.prefix, *server.encode_input(compact_prompt(value)), *framed.suffix]
     prompt_tokens = len(tokens)
     decoding = Decoding(framed.version.task, framed.skeleton, server.encode, (), most)
     tokens += decoding.pending
@@ -148,22 +159,50 @@ class Courtesy:
         return ask_all(one, values, self._at_once)
 
 
-def post(client: httpx.Client, who: str, path: str, body: Mapping[str, Any], ends_at: float) -> Any:
-    """POST JSON, read the reply as JSON, in time. Raises `EngineUnavailable`, `OutputError` (a request refused)."""
+def post(client: httpx.Client, who: str, path: str, body: Mapping[str, Any], ends_at: float, *, task: str = "") -> Any:
+    """POST JSON, read the reply as JSON, in time. ``ends_at`` is on the monotonic clock.
+
+    Raises `EngineUnavailable` (down, slow, busy, failing), `OutputError` (the input is too long for the model),
+    `VersionError` (the server has lost the model), `EngineRefused` (any other refusal: a key, an address, a setting).
+    """
     left_s = ends_at - time.monotonic()
     if left_s <= 0:
         raise _too_slow(who)
     try:
         response = client.post(path, json=body, timeout=left_s)
-        if response.status_code in (400, 413, 422):
-            problem = Problem("input", f"is refused by {who}: {response.text[:300]}", "Is it too long for the model?")
-            raise OutputError("", "the local model", [problem])
-        response.raise_for_status()
-        return response.json()
     except httpx.TimeoutException:
         raise _too_slow(who) from None
-    except (httpx.HTTPError, ValueError) as error:
+    except httpx.HTTPError as error:
         raise EngineUnavailable(f"{who} does not answer ({error}); is it running?") from None
+    if response.status_code != 200:
+        raise refusal(who, response, task)
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        raise EngineUnavailable(f"{who} answered {path} with something that is not JSON; is local.url right?") from None
+
+
+def refusal(who: str, response: httpx.Response, task: str = "") -> ApprenticeError:
+    """What a server's answer other than 200 means."""
+    status, said = response.status_code, " ".join(response.text.split())[:300]
+    if status == 413 or (status in (400, 422, 500) and _TOO_LONG.search(said)):
+        problem = Problem("input", f"is too long for the local model ({who}: {said}).", "The remote answers it.")
+        return OutputError(task, "the local model", [problem])
+    if status == 404 and _NO_MODEL.search(said):
+        return VersionError(f"{who} does not have the model any more ({said}); it has to be loaded again")
+    if status in (401, 403):
+        return EngineRefused(f"{who} refuses the request with {status} ({said}); it wants a key, or local.url is wrong")
+    if status == 404:
+        return EngineRefused(f"{who} has no {response.url.path} ({status} {said}); is local.url right?")
+    if status < 500 and status not in (408, 429):
+        return EngineRefused(f"{who} refuses the request with {status}: {said}")
+    return EngineUnavailable(f"{who} failed with {status}: {said}")
+
+
+_TOO_LONG = re.compile(
+    r"context (length|size|window)|too long|exceed_context|max_model_len|maximum .{0,20}length", re.I
+)
+_NO_MODEL = re.compile(r"model .*(not found|does not exist)|no such model", re.I)
 
 
 def _too_slow(who: str) -> EngineUnavailable:

@@ -34,27 +34,29 @@ _AT_ONCE = 64
 _CALM_S = 600.0
 _MOST_LOGPROBS = 20
 """vLLM's default --max-logprobs."""
+_OPENERS = re.compile(r"(?<=<)(?=[|｜/\w])|(?<=\[)(?=/?\w)")
+"""Behind the first character of what may be a special token: <|im_end|>, <｜end▁of▁sentence｜>, </s>, [INST]."""
 
 
 class _Completer:
     """The server with one model name: an adapter's, or the base's."""
 
-    def __init__(self, client: httpx.Client, model: str) -> None:
+    def __init__(self, client: httpx.Client, model: str, task: str) -> None:
         self._client = client
         self._model = model
-        self.encode = lru_cache(maxsize=4096)(self._encode)
+        self._task = task
+        self.encode = lru_cache(maxsize=4096)(self.encode_input)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def encode_input(self, text: str) -> tuple[int, ...]:
         # The server takes the text of a special token for the token. Cut in two, it is letters again.
-        parts = re.split(r"(?<=<)(?=[|/a-z])|(?<=\[)(?=/?INST)", text)
-        return tuple(token for part in parts if part for token in self.tokens(part))
+        return tuple(token for part in _OPENERS.split(text) if part for token in self.tokens(part))
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Tokenise; the text of a special token means the token."""
         if not text:
             return ()
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-        return tuple(post(self._client, "vLLM", "/tokenize", body, time.monotonic() + _CALM_S)["tokens"])
+        return tuple(self._post("/tokenize", body, time.monotonic() + _CALM_S)["tokens"])
 
     def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
         """The server decides among the allowed tokens and names the likeliest of all.
@@ -97,7 +99,10 @@ class _Completer:
 
     def _complete(self, tokens: Sequence[int], ends_at: float, **wanted: Any) -> Any:
         body = {"model": self._model, "prompt": list(tokens), "temperature": 0.0, **wanted}
-        return post(self._client, "vLLM", "/v1/completions", body, ends_at)["choices"][0]
+        return self._post("/v1/completions", body, ends_at)["choices"][0]
+
+    def _post(self, path: str, body: Mapping[str, Any], ends_at: float) -> Any:
+        return post(self._client, "vLLM", path, body, ends_at, task=self._task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +141,13 @@ class VllmEngine:
             frame = self._own_frame()
             model = next(iter(models))
         else:
-            check_adapter(version.adapter, resolve_base_model(self._base_model, self._root, dequantise=False))
+            base = resolve_base_model(self._base_model, self._root, dequantise=False)
+            check_adapter(version.adapter, base, version.name)
             frame = Frame.load(version.adapter)
             model = version.name
             if model not in models:
                 self._load_adapter(version)
-        completer = _Completer(self._client, model)
+        completer = _Completer(self._client, model, version.task)
         self._versions.put(version.name, _Loaded(Framed.of(version, frame, completer.tokens), completer))
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:

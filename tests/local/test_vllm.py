@@ -121,15 +121,15 @@ def test_a_value_that_is_not_among_the_likeliest_counts_as_their_least(
 
 def test_free_text_is_written_under_the_grammar(engine: VllmEngine, server: Server, version: Version) -> None:
     """Its probability is that of its tokens, the end of the turn left out."""
-    noted = replace(version, name="noted", output_schema=parse_schema({"note": "str"}))
+    noted = replace(version, output_schema=parse_schema({"note": "str"}))
     engine.load(noted)
     server.text = 'x"'
-    answer = engine.answer("noted", {"text": "hello"}, deadline_s=5)
+    answer = engine.answer(noted.name, {"text": "hello"}, deadline_s=5)
     assert answer.output == {"note": "x"}
     assert answer.confidence == pytest.approx(0.81)
     server.text = "never closed"
     with pytest.raises(OutputError, match="not finished"):
-        engine.answer("noted", {"text": "hello"}, deadline_s=5)
+        engine.answer(noted.name, {"text": "hello"}, deadline_s=5)
 
 
 def test_a_server_that_was_restarted_is_given_its_adapters_again(
@@ -159,7 +159,7 @@ def test_down_is_unavailable_and_a_damaged_adapter_never_reaches_the_server(
     folder = shutil.copytree(version.adapter, tmp_path / "damaged")
     (folder / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(VersionError, match="cannot be read"):
-        engine.load(replace(version, name="damaged", adapter=folder))
+        engine.load(replace(version, adapter=folder))
     assert server.adapters == {}
     engine.load(version)
     server.down = True

@@ -55,3 +55,16 @@ def _safetensors(path: Path, tensors: Mapping[str, tuple[int, int]]) -> None:
         body += content
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def write_gguf_header(path: Path) -> None:
+    """A GGUF with one number, one text, one list and one tensor of four bytes."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    fields = text("n.block_count") + struct.pack("<II", 4, 2)
+    fields += text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    fields += text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    tensor = text("blk.0.attn_q.weight") + struct.pack("<I2QIQ", 2, 1, 1, 0, 0)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 3) + fields + tensor + bytes(64))
