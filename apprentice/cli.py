@@ -115,7 +115,7 @@ def status(config: Path, as_json: bool) -> None:
 
 @cli.command()
 @config_option
-@click.option("--since", help="First day to count, YYYY-MM-DD.")
+@click.option("--since", help="First day to count: 2026-03-01, or 30d for the last 30 days.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a picture.")

@@ -1,21 +1,26 @@
 """What was spent and what was saved: by task, provider, model and day, where it is going, and how it looks.
 
 `cost_report` reads the store into plain data; the rest writes that data as a table, JSON, CSV or one HTML page with a
-picture. Saved is what the remote would have cost for the answers the local model gave: their number times the mean
-price of the task's own recorded calls, less what the local machine costs per hour. A task with no recorded call has no
-price, and its saving is unknown, not zero.
+picture. The words:
+
+- spent: what is billed, and the worst case of calls that may have been billed (``uncertain``);
+- held: what calls in flight may cost at most. It is not spent, and in no sum of what is;
+- price: what the task's remote answers cost on average, repairs and failed attempts included;
+- avoided: what the remote would have cost for the answers that the local model gave, at that price;
+- saved: avoided, less what the local machine costs per hour.
+
+A task without a remote answer has no price: what its local answers avoided is unknown, not zero, and so are the sums.
 """
 
 from __future__ import annotations
 
-import calendar
 import csv
 import io
 import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -24,9 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
+import click
+
 from apprentice.budget import NEVER, Budget, CapState
 from apprentice.config import Settings
-from apprentice.errors import InputError, Problem
 from apprentice.store import Count, SpendRow, Store
 
 if TYPE_CHECKING:
@@ -48,20 +54,22 @@ LOCAL_OUTCOMES = frozenset({"local", "degraded", "budget"})
 """Outcomes of requests that the local model alone answered."""
 
 _RECENT_DAYS = 7
+_DAY_S = 86_400.0
 _CENT = Decimal("0.01")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskCost:
-    """One task. ``price`` is the mean of its recorded calls, ``saved`` is before the local machine's cost."""
+    """One task. ``price`` is that of a remote answer. The local machine serves all tasks, and is in no task's line."""
 
     task: str
     requests: int
     local_answers: int
     calls: int
     spent: Decimal
+    held: Decimal
     price: Decimal | None
-    saved: Decimal | None
+    avoided: Decimal | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +87,24 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class DayCost:
-    """One day. ``saved`` is net of ``local_cost``, the local machine's; ``per_thousand`` None without requests."""
+    """One day. ``local_cost`` is the local machine's; ``per_thousand`` is what was spent per 1,000 requests."""
 
     day: str
     requests: int
     local_answers: int
     spent: Decimal
-    saved: Decimal
+    avoided: Decimal | None
     local_cost: Decimal
+    saved: Decimal | None
     per_thousand: Decimal | None
 
 
 @dataclass(frozen=True, slots=True)
 class CostReport:
-    """The whole report. Money in USD; ``uncertain`` is the part of ``spent`` that may not have been billed."""
+    """The whole report. Money in USD; ``uncertain`` is the part of ``spent`` that may not have been billed.
+
+    ``held`` and ``caps`` are as of now, whatever the report's first day is.
+    """
 
     since: str
     until: str
@@ -100,8 +112,10 @@ class CostReport:
     local_answers: int
     spent: Decimal
     uncertain: Decimal
-    saved: Decimal
+    held: Decimal
+    avoided: Decimal | None
     local_cost: Decimal
+    saved: Decimal | None
     month_projection: Decimal
     tasks: tuple[TaskCost, ...]
     models: tuple[Spend, ...]
@@ -111,16 +125,17 @@ class CostReport:
 
 
 def parse_since(text: str | None, today: date) -> date | None:
-    """``2026-03-01``, or ``30d`` for the last thirty days, today included. Raises `InputError`."""
+    """``2026-03-01``, or ``30d`` for the last thirty days, today included. Raises `click.BadParameter`."""
     if text is None:
         return None
     try:
-        if text.endswith("d"):
-            return today - timedelta(days=int(text[:-1]) - 1)
-        return date.fromisoformat(text)
+        start = today - timedelta(days=int(text[:-1]) - 1) if text.endswith("d") else date.fromisoformat(text)
     except (ValueError, OverflowError):
-        problem = Problem("--since", f"is {text!r}, neither a date nor a number of days.", "Write 2026-03-01 or 30d.")
-        raise InputError("report", [problem]) from None
+        message = f"{text!r} is neither a date nor a number of days; write 2026-03-01 or 30d"
+        raise click.BadParameter(message, param_hint="--since") from None
+    if start > today:
+        raise click.BadParameter(f"{text!r} is after today, {today}; write an earlier day", param_hint="--since")
+    return start
 
 
 def cost_report(
@@ -131,24 +146,28 @@ def cost_report(
     now = clock()
     today = datetime.fromtimestamp(now, zone).date()
     start = parse_since(since, today)
-    begins = datetime(start.year, start.month, start.day, tzinfo=zone).timestamp() if start else 0.0
-    calls = store.spend(since=begins)
-    prices = _prices(store.spend() if start else calls)
-    counts = store.counts(since=start.isoformat() if start else None)
-    tasks = _by_task(calls, counts, prices)
+    first_day = start.isoformat() if start else ""
+    calls = store.spend(since=first_day)
+    counts = store.counts(since=first_day)
+    held = {row.task: row.amount for row in store.held()}
+    prices = _prices(store, store.spend() if start else calls)
+    tasks = _by_task(calls, counts, held, prices)
     days = _by_day(calls, counts, prices, settings.local.cost_per_hour, now, zone)
-    uncertain = sum((row.cost for row in calls if row.state in ("lost", "reserved")), Decimal(0))
     caps = Budget(store, settings.budget, {t.name: t.budget for t in settings.tasks}, clock=clock).remaining()
+    avoided = _sum_known(t.avoided for t in tasks)
+    local_cost = sum((d.local_cost for d in days), Decimal(0))
     return CostReport(
-        since=start.isoformat() if start else (days[0].day if days else today.isoformat()),
+        since=first_day or (days[0].day if days else today.isoformat()),
         until=today.isoformat(),
         requests=sum(t.requests for t in tasks),
         local_answers=sum(t.local_answers for t in tasks),
         spent=sum((t.spent for t in tasks), Decimal(0)),
-        uncertain=uncertain,
-        saved=sum((d.saved for d in days), Decimal(0)),
-        local_cost=sum((d.local_cost for d in days), Decimal(0)),
-        month_projection=_projection(store, today, zone),
+        uncertain=sum((row.cost for row in calls if row.state == "lost"), Decimal(0)),
+        held=sum(held.values(), Decimal(0)),
+        avoided=avoided,
+        local_cost=local_cost,
+        saved=None if avoided is None else avoided - local_cost,
+        month_projection=_projection(store, now, zone),
         tasks=tasks,
         models=_by_model(calls),
         days=days,
@@ -157,20 +176,35 @@ def cost_report(
     )
 
 
-def _prices(calls: Iterable[SpendRow]) -> dict[str, Decimal]:
-    """Each task's mean price of a settled call."""
+def _sum_known(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    """The sum; None if any of them is unknown."""
+    total = Decimal(0)
+    for amount in amounts:
+        if amount is None:
+            return None
+        total += amount
+    return total
+
+
+def _prices(store: Store, calls: Iterable[SpendRow]) -> dict[str, Decimal]:
+    """What a remote answer to each task cost on average, whatever calls it took."""
     cost: defaultdict[str, Decimal] = defaultdict(Decimal)
-    n: defaultdict[str, int] = defaultdict(int)
     for row in calls:
-        if row.is_answered:
+        if row.is_answering:
             cost[row.task] += row.cost
-            n[row.task] += row.calls
-    return {task: cost[task] / n[task] for task in n}
+    answers = {task: store.example_totals(task).ever for task in cost}
+    return {task: cost[task] / answers[task] for task in cost if answers[task]}
 
 
-def _by_task(calls: Sequence[SpendRow], counts: Sequence[Count], prices: dict[str, Decimal]) -> tuple[TaskCost, ...]:
+def _avoided(price: Decimal | None, local_answers: int) -> Decimal | None:
+    return Decimal(0) if not local_answers else None if price is None else price * local_answers
+
+
+def _by_task(
+    calls: Sequence[SpendRow], counts: Sequence[Count], held: Mapping[str, Decimal], prices: Mapping[str, Decimal]
+) -> tuple[TaskCost, ...]:
     found = []
-    for task in sorted({row.task for row in calls} | {c.task for c in counts}):
+    for task in sorted({row.task for row in calls} | {c.task for c in counts} | set(held)):
         mine = [row for row in calls if row.task == task]
         asked = sum(c.n for c in counts if c.task == task and _is_request(c))
         local = sum(c.n for c in counts if c.task == task and c.outcome in LOCAL_OUTCOMES)
@@ -182,8 +216,9 @@ def _by_task(calls: Sequence[SpendRow], counts: Sequence[Count], prices: dict[st
                 local,
                 sum(row.calls for row in mine if row.state != "released"),
                 sum((row.cost for row in mine), Decimal(0)),
+                held.get(task, Decimal(0)),
                 price,
-                None if price is None and local else local * (price or Decimal(0)),
+                _avoided(price, local),
             )
         )
     return tuple(found)
@@ -214,7 +249,7 @@ def _by_model(calls: Sequence[SpendRow]) -> tuple[Spend, ...]:
 def _by_day(
     calls: Sequence[SpendRow],
     counts: Sequence[Count],
-    prices: dict[str, Decimal],
+    prices: Mapping[str, Decimal],
     cost_per_hour: Decimal,
     now: float,
     zone: ZoneInfo,
@@ -226,10 +261,11 @@ def _by_day(
         today = [c for c in counts if c.day == day]
         asked = sum(c.n for c in today if _is_request(c))
         local = [c for c in today if c.outcome in LOCAL_OUTCOMES]
-        gross = sum((c.n * prices.get(c.task, Decimal(0)) for c in local), Decimal(0))
+        avoided = _sum_known(_avoided(prices.get(c.task), c.n) for c in local)
         machine = _local_cost(day, cost_per_hour, now, zone) if day in local_days else Decimal(0)
+        saved = None if avoided is None else avoided - machine
         per_thousand = spent * 1000 / asked if asked else None
-        found.append(DayCost(day, asked, sum(c.n for c in local), spent, gross - machine, machine, per_thousand))
+        found.append(DayCost(day, asked, sum(c.n for c in local), spent, avoided, machine, saved, per_thousand))
     return tuple(found)
 
 
@@ -243,26 +279,34 @@ def _local_days(counts: Sequence[Count]) -> list[str]:
 
 
 def _local_cost(day: str, cost_per_hour: Decimal, now: float, zone: ZoneInfo) -> Decimal:
-    """What the local machine cost on a day: 24 hours of it, or those that have passed."""
+    """What the local machine cost on a day: all the hours of it, or those that have passed."""
     start = date.fromisoformat(day)
-    begins = datetime(start.year, start.month, start.day, tzinfo=zone).timestamp()
-    hours = min(max(now - begins, 0.0) / 3600, 24.0)
-    return cost_per_hour * Decimal(f"{hours:.4f}")
+    hours = (min(now, _midnight(start + timedelta(days=1), zone)) - _midnight(start, zone)) / 3600
+    return cost_per_hour * Decimal(f"{max(hours, 0.0):.4f}")
 
 
-def _projection(store: Store, today: date, zone: ZoneInfo) -> Decimal:
-    """This month's spending at its end, where every day left costs as much as a day of the last seven did."""
-    first = min(today.replace(day=1), today - timedelta(days=_RECENT_DAYS - 1))
-    rows = store.spend(since=datetime(first.year, first.month, first.day, tzinfo=zone).timestamp())
-    month = sum((row.cost for row in rows if row.day >= today.replace(day=1).isoformat()), Decimal(0))
-    since = (today - timedelta(days=_RECENT_DAYS - 1)).isoformat()
-    recent = {row.day for row in rows if row.day >= since}
+def _midnight(day: date, zone: ZoneInfo) -> float:
+    return datetime(day.year, day.month, day.day, tzinfo=zone).timestamp()
+
+
+def _projection(store: Store, now: float, zone: ZoneInfo) -> Decimal:
+    """This month's spending at its end, if money goes on being spent as it was over the last days.
+
+    The pace is what was spent today and on the six days before, over the time that has passed since the first of these
+    days on which anything was, and over at least a day: a system of an hour says little about a month.
+    """
+    today = datetime.fromtimestamp(now, zone).date()
+    first_of_month = today.replace(day=1)
+    first_recent = today - timedelta(days=_RECENT_DAYS - 1)
+    rows = store.spend(since=min(first_of_month, first_recent).isoformat())
+    month = sum((row.cost for row in rows if row.day >= first_of_month.isoformat()), Decimal(0))
+    recent = [row for row in rows if row.day >= first_recent.isoformat()]
     if not recent:
         return month
-    spanned = (today - date.fromisoformat(min(recent))).days + 1  # a system of three days has three days' mean
-    daily = sum((row.cost for row in rows if row.day >= since), Decimal(0)) / spanned
-    left = calendar.monthrange(today.year, today.month)[1] - today.day
-    return month + daily * left
+    began = _midnight(date.fromisoformat(min(row.day for row in recent)), zone)
+    pace = sum((row.cost for row in recent), Decimal(0)) / Decimal(f"{max(now - began, _DAY_S):.3f}")
+    ends = _midnight((first_of_month + timedelta(days=31)).replace(day=1), zone)
+    return month + pace * Decimal(f"{ends - now:.3f}")
 
 
 # ---------------------------------------------------------------- as text
@@ -313,6 +357,8 @@ def _sentence(report: CostReport) -> str:
     )
     if report.uncertain:
         sentence += f" {money(report.uncertain)} of it may not have been billed (calls whose end is unknown)."
+    if report.held:
+        sentence += f" Calls in flight hold {money(report.held)} more at most."
     return sentence
 
 
@@ -331,7 +377,7 @@ def as_table(report: CostReport) -> RenderableType:
         return made
 
     parts: list[RenderableType] = [Text(_sentence(report)), Text()]
-    columns = ["task", "requests", "local", "calls", "spent", "per call", "saved"]
+    columns = ["task", "requests", "local", "calls", "spent", "per answer", "avoided"]
     lines = (
         [
             t.task,
@@ -340,7 +386,7 @@ def as_table(report: CostReport) -> RenderableType:
             f"{t.calls:,}",
             money(t.spent),
             money(t.price),
-            money(t.saved),
+            money(t.avoided),
         ]
         for t in report.tasks
     )
@@ -389,12 +435,12 @@ def as_html(report: CostReport) -> str:
     would: list[tuple[str, Decimal]] = []
     for d in report.days:
         spent += d.spent
-        without += d.spent + d.saved + d.local_cost
+        without += d.spent + (d.avoided or Decimal(0))
         paid.append((d.day, spent))
         would.append((d.day, without))
     rows = "".join(
         f"<tr><td>{escape(t.task)}</td><td>{t.requests:,}</td><td>{t.local_answers:,}</td><td>{t.calls:,}</td>"
-        f"<td>{money(t.spent)}</td><td>{money(t.price)}</td><td>{money(t.saved)}</td></tr>"
+        f"<td>{money(t.spent)}</td><td>{money(t.price)}</td><td>{money(t.avoided)}</td></tr>"
         for t in report.tasks
     )
     models = "".join(
@@ -419,7 +465,7 @@ svg {{ width: 100%; height: auto }}
 <h2>Spent, and what it would have been without Apprentice</h2>
 {_picture([("spent", "#2563eb", paid), ("without Apprentice", "#9ca3af", would)])}
 <h2>By task</h2>
-<table><tr><th>task<th>requests<th>local<th>calls<th>spent<th>per call<th>saved</tr>{rows}</table>
+<table><tr><th>task<th>requests<th>local<th>calls<th>spent<th>per answer<th>avoided</tr>{rows}</table>
 <h2>By model</h2>
 <table><tr><th>model<th>calls<th>spent<th>tokens in<th>tokens out</tr>{models}</table>
 </html>
@@ -468,7 +514,11 @@ def run_command(
     html_path: Path | None = None,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """`apprentice report`: to stdout as a table, JSON or CSV; and to a file as a page. Raises `InputError`."""
+    """`apprentice report`: to stdout as a table, JSON or CSV; and to a file as a page. Raises `click.UsageError`."""
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other; give one of them")
+    if html_path is not None and not html_path.parent.is_dir():
+        raise click.BadParameter(f"the folder {html_path.parent} does not exist", param_hint="--html")
     with Store.open(settings.store_url, clock=clock) as store:
         report = cost_report(store, settings, since=since, clock=clock)
     if html_path is not None:

@@ -22,7 +22,8 @@ class TaskStatus:
     """One task at one moment. What is not known yet is None.
 
     ``correlation`` and ``agreement`` are those of the served slice over the window in phase 3, of everything before;
-    ``correlation_interval`` is their 95 % interval; ``spent`` is all that was ever spent on the task.
+    ``correlation_interval`` is their 95 % interval. ``spent`` is all that was ever spent on the task, in USD: what is
+    billed, and what may be because a call's end is unknown. ``held`` is what calls in flight may still cost at most.
     """
 
     task: str
@@ -38,5 +39,6 @@ class TaskStatus:
     sampling_rate: float
     coaching: bool
     spent: Decimal
+    held: Decimal
     training_due: str | None
     last_alert: str | None

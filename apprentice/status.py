@@ -29,10 +29,15 @@ def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, T
     spent: dict[str, Decimal] = {}
     for row in store.spend():
         spent[row.task] = spent.get(row.task, Decimal(0)) + row.cost
-    return {task.name: _status(task.name, store, judge, spent.get(task.name, Decimal(0))) for task in settings.tasks}
+    held = {row.task: row.amount for row in store.held()}
+    none = Decimal(0)
+    return {
+        task.name: _status(task.name, store, judge, spent.get(task.name, none), held.get(task.name, none))
+        for task in settings.tasks
+    }
 
 
-def _status(task: str, store: Store, judge: Judge, spent: Decimal) -> TaskStatus:
+def _status(task: str, store: Store, judge: Judge, spent: Decimal, held: Decimal) -> TaskStatus:
     state = store.policy_row(task)
     figures = judge.figures(task)
     scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
@@ -42,7 +47,7 @@ def _status(task: str, store: Store, judge: Judge, spent: Decimal) -> TaskStatus
         task=task,
         phase=state.phase,
         champion=state.champion,
-        examples=store.count_examples(task),
+        examples=store.example_totals(task).kept,
         comparisons=figures.comparisons,
         correlation=correlation.value if correlation else None,
         correlation_interval=(correlation.low, correlation.high) if correlation else None,
@@ -52,6 +57,7 @@ def _status(task: str, store: Store, judge: Judge, spent: Decimal) -> TaskStatus
         sampling_rate=state.sampling_rate,
         coaching=figures.coaching,
         spent=spent,
+        held=held,
         training_due=state.training_due,
         last_alert=_words(alert.kind, alert.at) if alert else None,
     )
@@ -87,6 +93,8 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
             f"{status.sampling_rate:.0%}" if phase is Phase.SERVE else "-",
             money(status.spent),
         )
+        if status.held:
+            lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
         if status.training_due:
             lines.append(f"{status.task}: training is due ({status.training_due})")
         if status.last_alert:
@@ -115,4 +123,4 @@ def run_command(config: Path, *, as_json: bool) -> None:
 
 
 def _plain(status: TaskStatus) -> dict[str, Any]:
-    return {**asdict(status), "spent": str(status.spent)}
+    return {**asdict(status), "spent": str(status.spent), "held": str(status.held)}

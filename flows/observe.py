@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
-
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from apprentice.phases import Phase
+from apprentice.report import cost_report
 from flows.workshop import Workshop, workshop
 
 __all__ = ["observe", "observe_task"]
@@ -27,13 +26,9 @@ def observe_task(shop: Workshop, task: str) -> dict[str, float | str | None]:
     state = shop.store.policy_row(task)
     figures = shop.judge.figures(task)
     scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
-    spent, calls, billed = Decimal(0), 0, Decimal(0)
-    for row in shop.store.spend():
-        if row.task == task:
-            spent += row.cost
-            if row.is_answered:
-                calls, billed = calls + row.calls, billed + row.cost
-    local = sum(count.n for count in shop.store.counts(task) if count.outcome == "local")
+    costs = cost_report(shop.store, shop.settings, clock=shop.clock).tasks
+    cost = next((c for c in costs if c.task == task), None)
+    avoided = cost.avoided if cost is not None else None
     values: dict[str, float | None] = {
         "correlation": scope.correlation.value if scope.correlation else None,
         "correlation_low": scope.correlation.low if scope.correlation else None,
@@ -42,9 +37,9 @@ def observe_task(shop: Workshop, task: str) -> dict[str, float | str | None]:
         "sampling_rate": state.sampling_rate,
         "phase": float(state.phase),
         "comparisons": float(figures.comparisons),
-        "spend": float(spent),
-        # What the remote would have cost for the answers given locally, at this task's own mean price of a call.
-        "savings_before_local_cost": float(billed / calls * local) if calls else None,
+        "spent": float(cost.spent) if cost is not None else 0.0,
+        "held": float(cost.held) if cost is not None else 0.0,
+        "avoided": float(avoided) if avoided is not None else None,
     }
     version = shop.store.version(task, state.champion) if state.champion else None
     if version is not None and version.mlflow_version is not None:

@@ -122,9 +122,11 @@ def run_replay(
         evaluate = parts.judge.evaluator(task_name)
         for moment in moments:
             view.show(moment)
-        price = _Price(
-            moments[-1].spend if moments else Decimal(0), moments[-1].spend_without if moments else Decimal(0)
-        )
+        without = _Without()
+        for row, moment in zip(traffic, moments, strict=False):
+            estimate = parts.teacher.estimate(task, row.value, row.answer)
+            without.resume(moment.spend_without, estimate, asked=moment.asked_remote)
+        _, bills = _spent(parts.store)
         _train_if_due(apprentice, task_name, view)
         with log_path.open("a", encoding="utf-8") as log:
             for i, row in enumerate(traffic[len(moments) :], len(moments)):
@@ -132,8 +134,9 @@ def run_replay(
                 before = calls.made
                 output = apprentice.run(task_name, row.value).output
                 asked = calls.made > before
-                spent = sum((row.cost for row in parts.store.spend()), Decimal(0))
-                price.count(spent, parts.teacher.estimate(task, row.value, row.answer), asked=asked)
+                before_it, (spent, bills) = bills, _spent(parts.store)
+                estimate = parts.teacher.estimate(task, row.value, row.answer)
+                without.count(bills - before_it if asked else None, estimate)
                 state = parts.store.policy_row(task_name)
                 moment = Moment(
                     i=i,
@@ -141,7 +144,7 @@ def run_replay(
                     asked_remote=asked,
                     score=evaluate(output, row.answer).score,
                     spend=spent,
-                    spend_without=price.without,
+                    spend_without=without.total,
                     sampling_rate=state.sampling_rate,
                     threshold=state.threshold,
                     correlation=_correlation(parts.judge.figures(task_name)),
@@ -155,26 +158,38 @@ def run_replay(
     return moments
 
 
-class _Price:
-    """What everything would have cost: the bill where the remote was asked, an estimate where it was not.
+class _Without:
+    """What the remote would have cost for everything: its bill if it was asked, an estimate if it was not.
 
     The estimate counts bytes for tokens, so it is scaled by what the bills so far say about it.
     """
 
-    def __init__(self, spent: Decimal, without: Decimal) -> None:
-        self.without = without
-        self._spent = spent
+    def __init__(self) -> None:
+        self.total = Decimal(0)
         self._billed = self._estimated = Decimal(0)
 
-    def count(self, spent: Decimal, estimate: Decimal, *, asked: bool) -> None:
-        """One more request, after which ``spent`` was spent in all."""
-        bill, self._spent = spent - self._spent, spent
-        if asked:
+    def count(self, bill: Decimal | None, estimate: Decimal) -> None:
+        """One more request, whose answer was billed, or (None) came from the local model."""
+        if bill is None:
+            self.total += estimate * (self._billed / self._estimated if self._estimated else Decimal(1))
+        else:
+            self.total += bill
             self._billed += bill
             self._estimated += estimate
-            self.without += bill
-        else:
-            self.without += estimate * (self._billed / self._estimated if self._estimated else Decimal(1))
+
+    def resume(self, total: Decimal, estimate: Decimal, *, asked: bool) -> None:
+        """A request that an earlier call counted, after which the sum was ``total``."""
+        if asked:
+            self._billed += total - self.total
+            self._estimated += estimate
+        self.total = total
+
+
+def _spent(store: Store) -> tuple[Decimal, Decimal]:
+    """What was spent in all, and the part of it that answers cost; the rest is a vendor's training."""
+    rows = store.spend()
+    answers = sum((row.cost for row in rows if row.is_answering), Decimal(0))
+    return sum((row.cost for row in rows), Decimal(0)), answers
 
 
 def _protocol(remote: RemoteSettings) -> Vendor:

@@ -84,6 +84,7 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         sampling_rate=0.11,
         coaching=True,
         spent=Decimal("123.4567"),
+        held=Decimal("1.25"),
         training_due="drift",
         last_alert="drift (2026-11-23 10:00 UTC)",
     )
@@ -95,6 +96,7 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         ["extract_entities", "3", "serve", "12,330", "0.83", "91.2%", "62%", "11%", "$123.46"],
         ["c121c396deddaa8d", "coaching", "0.71..0.91"],
     ]
+    assert "extract_entities: calls in flight hold $1.25 at most, beside what is spent" in shown.get()
     assert "extract_entities: training is due (drift)" in shown.get()
     assert "extract_entities: last alert drift (2026-11-23 10:00 UTC)" in shown.get()
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import random
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
-from apprentice.budget import Budget
+from apprentice.budget import windows_at
 from apprentice.config import Settings
-from apprentice.errors import InputError
 from apprentice.report import as_csv_text, as_html, as_json_text, cost_report, parse_since, run_command
-from apprentice.store import Count, Settlement, Store, Usage
+from apprentice.store import Count, ExampleRecord, Settlement, Store, Usage
 
 
 class Clock:
@@ -54,31 +60,52 @@ def clock() -> Clock:
     return Clock()
 
 
+def spend(store: Store, clock: Clock, task: str, price: str | None, *, model: str = "claude-sonnet-4-5") -> None:
+    """One call of 100 and 10 tokens: answered at ``price``, or (None) ended nobody knows how, at 5 cents at worst."""
+    today = datetime.fromtimestamp(clock(), UTC).date()
+    windows = windows_at(today, "", settings(Path()).budget)
+    store.open_windows(windows)
+    held = store.reserve(
+        task=task,
+        provider="anthropic",
+        model=model,
+        request_id="r",
+        owner="me",
+        day=today.isoformat(),
+        worst_case=Decimal("0.05"),
+        windows=windows,
+    )
+    assert held is not None
+    if price is None:
+        store.end_calls([Settlement(held, "lost", Decimal(0))])
+        return
+    settled = Settlement(held, "settled", Decimal(price), Usage(100, 10, cached=50))
+    example = ExampleRecord(f"{held.id}", task, {"text": "t"}, {"label": "l"}, "anthropic", model, clock())
+    store.complete_remote(settlements=[settled], example=example)
+    store.add_counts([Count(task, today.isoformat(), "", "remote")])
+
+
+def answer_locally(store: Store, clock: Clock, task: str, n: int, outcome: str = "local") -> None:
+    store.add_counts([Count(task, datetime.fromtimestamp(clock(), UTC).date().isoformat(), "v", outcome, n)])
+
+
 @pytest.fixture
 def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    """Three days: the remote alone, then half local, then nearly all local; and one call whose end is unknown."""
-    config = settings(tmp_path)
-    with Store.open(config.store_url, clock=clock) as opened:
-        budget = Budget(opened, config.budget, clock=clock, announce=lambda *_: None)
-
-        def remote(task: str, n: int, price: str, model: str = "claude-sonnet-4-5") -> None:
-            for _ in range(n):
-                held = budget.reserve(task, "anthropic", model, Decimal("0.05"), "r")
-                budget.end([Settlement(held, "settled", Decimal(price), Usage(100, 10, cached=50))])
-            opened.add_counts([Count(task, budget.day(), "", "remote", n)])
-
-        remote("tickets", 10, "0.01")
-        remote("homes", 4, "0.02", "claude-haiku-4-5")
+    """Three days: the remote alone, then half local, then nearly all local, and one call whose end is unknown."""
+    with Store.open(settings(tmp_path).store_url, clock=clock) as opened:
+        for _ in range(10):
+            spend(opened, clock, "tickets", "0.01")
+        for _ in range(4):
+            spend(opened, clock, "homes", "0.02", model="claude-haiku-4-5")
         clock.at(2)
-        remote("tickets", 5, "0.01")
-        opened.add_counts([Count("tickets", "2026-03-02", "v", "local", 5)])
+        for _ in range(5):
+            spend(opened, clock, "tickets", "0.01")
+        answer_locally(opened, clock, "tickets", 5)
         clock.at(3)
-        remote("tickets", 1, "0.01")
-        opened.add_counts(
-            [Count("tickets", "2026-03-03", "v", "local", 8), Count("tickets", "2026-03-03", "v", "degraded")]
-        )
-        budget.lost(budget.reserve("tickets", "anthropic", "claude-sonnet-4-5", Decimal("0.05"), "r"))
-        budget.release(budget.reserve("tickets", "anthropic", "claude-sonnet-4-5", Decimal("0.05"), "r"))
+        spend(opened, clock, "tickets", "0.01")
+        answer_locally(opened, clock, "tickets", 8)
+        answer_locally(opened, clock, "tickets", 1, "degraded")
+        spend(opened, clock, "tickets", None)
         yield opened
 
 
@@ -86,7 +113,7 @@ def test_sums(store: Store, tmp_path: Path, clock: Clock) -> None:
     """Spending by task, model and day adds up to the whole, and what is uncertain is said."""
     report = cost_report(store, settings(tmp_path), clock=clock)
     assert report.spent == Decimal("0.29") == sum(m.spent for m in report.models) == sum(d.spent for d in report.days)
-    assert report.uncertain == Decimal("0.05")
+    assert (report.uncertain, report.held) == (Decimal("0.05"), 0)
     assert {t.task: (t.requests, t.local_answers, t.calls, t.spent) for t in report.tasks} == {
         "tickets": (30, 14, 17, Decimal("0.21")),
         "homes": (4, 0, 4, Decimal("0.08")),
@@ -99,34 +126,99 @@ def test_sums(store: Store, tmp_path: Path, clock: Clock) -> None:
     assert [c.spent for c in report.caps] == [Decimal("0.29")]
 
 
+def test_what_is_held_is_not_spent(store: Store, tmp_path: Path, clock: Clock) -> None:
+    """A call in flight is in its own figure, in the cap's and in the sentence, and in no sum of what was spent."""
+    before = cost_report(store, settings(tmp_path), clock=clock)
+    windows = windows_at(date(2026, 3, 3), "", settings(tmp_path).budget)
+    called = {"provider": "anthropic", "model": "m", "request_id": "r", "owner": "me", "day": "2026-03-03"}
+    store.reserve(task="homes", worst_case=Decimal("0.70"), windows=windows, **called)
+    after = cost_report(store, settings(tmp_path), clock=clock)
+    assert (after.held, {t.task: t.held for t in after.tasks}) == (
+        Decimal("0.70"),
+        {"homes": Decimal("0.70"), "tickets": 0},
+    )
+    assert [(c.spent, c.reserved) for c in after.caps] == [(Decimal("0.29"), Decimal("0.70"))]
+    same = ("spent", "uncertain", "avoided", "saved", "month_projection", "days", "models", "calls")
+    assert all(getattr(after, name) == getattr(before, name) for name in same)
+    assert "Calls in flight hold $0.70 more at most." in as_html(after)
+
+
 def test_savings_come_from_the_tasks_own_prices(store: Store, tmp_path: Path, clock: Clock) -> None:
-    """Fourteen local answers at a cent each, less the hours of the local machine since its first answer."""
+    """A remote answer to a ticket costs 21 cents over 16 answers, the lost call included; fourteen were avoided."""
     free = cost_report(store, settings(tmp_path), clock=clock)
-    assert (free.saved, free.local_cost) == (Decimal("0.14"), 0)
+    price = Decimal("0.21") / 16
+    assert (free.avoided, free.saved, free.local_cost) == (14 * price, 14 * price, 0)
+    assert sum(d.avoided or 0 for d in free.days) == free.avoided
     paid = cost_report(store, settings(tmp_path, cost_per_hour="0.001"), clock=clock)
     assert paid.local_cost == Decimal("0.036")  # all of the second day, half of the third
-    assert paid.saved == Decimal("0.14") - Decimal("0.036")
-    store.add_counts([Count("new", "2026-03-03", "v", "local", 3)])
-    unknown = {t.task: t.saved for t in cost_report(store, settings(tmp_path), clock=clock).tasks}
-    assert unknown["new"] is None
+    assert paid.saved == 14 * price - Decimal("0.036") == sum(d.saved or 0 for d in paid.days)
+
+
+def test_without_a_price_nothing_is_made_up(store: Store, tmp_path: Path, clock: Clock) -> None:
+    """A task that the remote never answered has an unknown saving, and so has the whole; the others keep theirs."""
+    answer_locally(store, clock, "new", 3)
+    report = cost_report(store, settings(tmp_path), clock=clock)
+    assert {t.task: t.avoided is None for t in report.tasks} == {"homes": False, "new": True, "tickets": False}
+    assert (report.avoided, report.saved, report.days[-1].saved) == (None, None, None)
+    assert "saved ?" in as_html(report)
 
 
 def test_the_trajectory_falls(store: Store, tmp_path: Path, clock: Clock) -> None:
-    """Cost per 1,000 requests, day by day, and where the month ends at the recent pace."""
+    """Cost per 1,000 requests, day by day, and where the month ends at the recent pace: 29 cents in 2.5 days."""
     report = cost_report(store, settings(tmp_path), clock=clock)
     first, second, third = (d.per_thousand for d in report.days)
     assert (round(first or 0, 3), second, third) == (Decimal("12.857"), Decimal(5), Decimal(6))
-    assert report.month_projection == pytest.approx(Decimal("0.29") + Decimal("0.29") / 3 * 28)
+    spent = Decimal("0.29")
+    assert report.month_projection == pytest.approx(spent + spent / Decimal("2.5") * Decimal("28.5"))
+
+
+def test_the_projection_does_not_jump_at_midnight(tmp_path: Path, clock: Clock) -> None:
+    """Ten dollars on the first day: at 23:55, at 0:05 and at noon of the next day the month looks alike."""
+    config = settings(tmp_path)
+    with Store.open(config.store_url, clock=clock) as store:
+        for _ in range(100):
+            spend(store, clock, "tickets", "0.10")
+        seen = []
+        for day, hour, minute in ((1, 12, 0), (1, 23, 55), (2, 0, 5), (2, 1, 0)):
+            clock.now = datetime(2026, 3, day, hour, minute, tzinfo=UTC).timestamp()
+            seen.append(cost_report(store, config, clock=clock).month_projection)
+    assert all(abs(b / a - 1) < Decimal("0.05") for a, b in itertools.pairwise(seen))
+    assert Decimal(290) < seen[-1] < Decimal(320)
 
 
 def test_since_cuts_the_days_off(store: Store, tmp_path: Path, clock: Clock) -> None:
-    """A date or a number of days; prices still come from all that is recorded."""
+    """A date or a number of days, none of them in the future; prices still come from all that is recorded."""
     report = cost_report(store, settings(tmp_path), since="1d", clock=clock)
-    assert (report.since, report.spent, report.saved) == ("2026-03-03", Decimal("0.06"), Decimal("0.09"))
+    price = Decimal("0.21") / 16
+    assert (report.since, report.spent, report.saved) == ("2026-03-03", Decimal("0.06"), 9 * price)
     assert parse_since("2026-03-02", date(2026, 3, 3)) == date(2026, 3, 2)
-    for wrong in ("yesterday", "xd", "2026-13-01"):
-        with pytest.raises(InputError, match="--since"):
+    for wrong in ("yesterday", "xd", "2026-13-01", "2026-03-04", "-3d"):
+        with pytest.raises(click.BadParameter):
             parse_since(wrong, date(2026, 3, 3))
+
+
+@settings_of_hypothesis(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6))
+def test_spent_and_avoided_are_what_everything_would_have_cost(seed: int, tmp_path_factory: Any, clock: Clock) -> None:
+    """Random traffic whose prices are known: the sum is right within 1 %, and shares of money are those of answers."""
+    draw = random.Random(seed)
+    config = settings(tmp_path_factory.mktemp("report"))
+    everything, n_remote, n_local = Decimal(0), 0, 0
+    with Store.open(config.store_url, clock=clock) as store:
+        for _ in range(400):
+            price = Decimal(draw.randint(9_900, 10_100)) / 1_000_000
+            everything += price
+            if draw.random() < 0.6:
+                answer_locally(store, clock, "tickets", 1)
+                n_local += 1
+            else:
+                spend(store, clock, "tickets", f"{price}")
+                n_remote += 1
+        report = cost_report(store, config, clock=clock)
+    assert report.avoided is not None
+    assert float(report.spent + report.avoided) == pytest.approx(float(everything), rel=0.01)
+    assert float(report.avoided / (report.spent + report.avoided)) == pytest.approx(n_local / 400, abs=0.01)
+    assert (report.requests, report.local_answers) == (400, n_local)
 
 
 def test_every_shape(store: Store, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +238,9 @@ def test_every_shape(store: Store, tmp_path: Path, clock: Clock, capsys: pytest.
     run_command(config, as_csv=True, html_path=tmp_path / "r.html", clock=clock)
     assert capsys.readouterr().out.startswith("day,task")
     assert (tmp_path / "r.html").read_text() == page
+    for wrong in ({"as_json": True, "as_csv": True}, {"html_path": tmp_path / "missing" / "r.html"}):
+        with pytest.raises(click.UsageError):
+            run_command(config, clock=clock, **wrong)
     run_command(config, as_json=True, since="2d", clock=clock)
     assert json.loads(capsys.readouterr().out)["since"] == "2026-03-02"
 

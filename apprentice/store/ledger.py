@@ -14,17 +14,15 @@ from functools import lru_cache
 from itertools import starmap
 from typing import Any
 
-from sqlalchemy import Update, and_, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import Update, bindparam, case, delete, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.store.database import Transaction
-from apprentice.store.records import NANO, CapWindow, NextCall, Reservation, Settlement, SpendRow, Usage, WindowState
+from apprentice.store.records import NANO, CapWindow, NextCall, Reservation, Settlement, WindowState
 from apprentice.store.tables import calls, cap_windows
 
-__all__ = ["end_calls", "open_windows", "reserve", "spend", "to_nano", "window_states"]
+__all__ = ["end_calls", "open_windows", "reserve", "to_nano", "window_states"]
 
-# A call that has been in flight for longer than any deadline has no owner any more.
-_ABANDONED_S = 3600.0
 # The share of a cap up to which calls may be held that have yet to come: what is left of it is for those who have one.
 _AMPLE = Decimal("0.9")
 
@@ -65,30 +63,6 @@ _end_call = (
 # With its moment: SQLite gives the number of a row that was deleted to the next one.
 _forget_call = delete(calls).where(
     calls.c.seq == bindparam("b_seq"), calls.c.created_at == bindparam("b_at"), calls.c.state == "reserved"
-)
-
-_held = case((calls.c.state == "reserved", calls.c.worst_case), else_=calls.c.cost)
-_state = case(
-    (and_(calls.c.state == "reserved", calls.c.created_at < bindparam("b_abandoned")), "lost"), else_=calls.c.state
-)
-_spend = (
-    select(
-        calls.c.task,
-        calls.c.day,
-        calls.c.provider,
-        calls.c.model,
-        _state.label("ended"),
-        func.count(),
-        func.sum(_held),
-        func.sum(calls.c.input_tokens),
-        func.sum(calls.c.output_tokens),
-        func.sum(calls.c.cached_tokens),
-        func.sum(calls.c.cache_write_tokens),
-        func.sum(calls.c.reasoning_tokens),
-    )
-    .where(calls.c.created_at >= bindparam("b_since"))
-    .group_by(calls.c.task, calls.c.day, calls.c.provider, calls.c.model, _state)
-    .order_by(calls.c.day, calls.c.task, calls.c.provider, calls.c.model)
 )
 
 
@@ -139,7 +113,7 @@ def _locked(n: int) -> Any:
 
 def _lock(tx: Transaction, keys: Sequence[str]) -> None:
     """On PostgreSQL, take the rows' locks in the order of their keys: transactions that do so cannot deadlock."""
-    if tx.dialect_name == "postgresql" and len(keys) > 1:
+    if tx.dialect_name == "postgresql" and keys:
         tx.run(_locked(len(keys)), {f"b_key{i}": key for i, key in enumerate(keys)})
 
 
@@ -201,23 +175,27 @@ def end_calls(
     ``next_call`` is given and the caps leave ample room, what is now held for one more call like the last.
     """
     _lock(tx, sorted({w.key for s in settlements for w in s.reservation.windows}))
-    after: list[list[WindowState]] = []
+    after: list[list[WindowState]] = [[] for _ in settlements]
     held: Reservation | None = None
-    for i, s in enumerate(settlements):
+    # In the order of the totals that they change (see `migrations`), for the same reason.
+    for i, s in sorted(enumerate(settlements), key=lambda pair: _total_of(pair[1])):
         worst_case = to_nano(s.reservation.worst_case)
         cost = worst_case if s.state == "lost" else to_nano(s.cost)
         if not _end(tx, s, cost, at):
-            after.append([])
             continue
         more = next_call if i == len(settlements) - 1 else None
         states, is_held = _end_in_windows(tx, s.reservation.windows, cost - worst_case, cost, more)
-        after.append(states)
+        after[i] = states
         if more is not None and is_held:
             worst = from_nano(to_nano(more.worst_case, up=True))
             last = s.reservation
             following = Reservation(0, last.task, last.provider, last.model, "", worst, last.windows, at)
             held = _insert(tx, following, more.owner, more.day)
     return after, held
+
+
+def _total_of(s: Settlement) -> tuple[str, ...]:
+    return s.reservation.task, s.reservation.provider, s.reservation.model, s.state
 
 
 def _end(tx: Transaction, s: Settlement, cost: int, at: float) -> bool:
@@ -281,12 +259,3 @@ def window_states(tx: Transaction, keys: Sequence[str]) -> dict[str, WindowState
 def _states(n: int) -> Any:
     wanted = cap_windows.c.key.in_([bindparam(f"b_key{i}") for i in range(n)])
     return select(cap_windows.c.key, cap_windows.c.spent, cap_windows.c.committed).where(wanted)
-
-
-def spend(tx: Transaction, *, since: float, now: float) -> list[SpendRow]:
-    """All calls since a moment, summed up by task, day, provider, model and the state they ended in."""
-    rows = tx.run(_spend, {"b_since": since, "b_abandoned": now - _ABANDONED_S}).fetchall()
-    return [
-        SpendRow(task, day, provider, model, state, n, from_nano(cost), Usage(*(int(t) for t in tokens)))
-        for task, day, provider, model, state, n, cost, *tokens in rows
-    ]

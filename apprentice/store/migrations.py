@@ -171,6 +171,68 @@ def drop_input_digest(op: Operations) -> None:
     op.drop_column("examples", "input_digest")
 
 
+_TOKENS = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
+
+
+def create_totals(op: Operations) -> None:
+    """Running totals, kept by triggers: an older process that still writes to this store is counted as well."""
+    keys = ("task", "day", "provider", "model", "state")
+    sums = ("calls", "cost", *_TOKENS)
+    op.create_table(
+        "call_totals",
+        *(Column(name, Text, primary_key=True) for name in keys),
+        *_wholes(*sums),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "example_totals", Column("task", Text, primary_key=True), *_wholes("kept", "ever"), sqlite_with_rowid=False
+    )
+    unfinished = text("state = 'reserved'")
+    op.create_index("calls_open", "calls", ["task"], sqlite_where=unfinished, postgresql_where=unfinished)
+    columns = ", ".join((*keys, *sums))
+    ended = ", ".join((*keys, "count(*)", "sum(cost)", *(f"sum({name})" for name in _TOKENS)))
+    op.execute(
+        f"INSERT INTO call_totals ({columns}) SELECT {ended} FROM calls WHERE state <> 'reserved' "
+        f"GROUP BY {', '.join(keys)}"
+    )
+    op.execute(
+        "INSERT INTO example_totals (task, kept, ever) SELECT task, count(*), count(*) FROM examples GROUP BY task"
+    )
+    new = ", ".join((*(f"NEW.{name}" for name in keys), "1", "NEW.cost", *(f"NEW.{name}" for name in _TOKENS)))
+    added = ", ".join(f"{name} = call_totals.{name} + excluded.{name}" for name in sums)
+    _on(
+        op,
+        "count_ended_call",
+        "AFTER UPDATE ON calls",
+        f"INSERT INTO call_totals ({columns}) VALUES ({new}) ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {added}",
+        when="OLD.state = 'reserved' AND NEW.state <> 'reserved'",
+    )
+    _on(
+        op,
+        "count_example",
+        "AFTER INSERT ON examples",
+        "INSERT INTO example_totals (task, kept, ever) VALUES (NEW.task, 1, 1) "
+        "ON CONFLICT (task) DO UPDATE SET kept = example_totals.kept + 1, ever = example_totals.ever + 1",
+    )
+    _on(
+        op,
+        "count_deleted_example",
+        "AFTER DELETE ON examples",
+        "UPDATE example_totals SET kept = kept - 1 WHERE task = OLD.task",
+    )
+
+
+def _on(op: Operations, name: str, event: str, statement: str, *, when: str | None = None) -> None:
+    """Make a trigger: ``statement`` runs for each row of ``event`` that meets ``when``."""
+    condition = f" WHEN ({when})" if when else ""
+    if op.get_bind().dialect.name == "postgresql":
+        body = f"BEGIN {statement}; RETURN NULL; END"
+        op.execute(f"CREATE FUNCTION apprentice_{name}() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$")
+        op.execute(f"CREATE TRIGGER {name} {event} FOR EACH ROW{condition} EXECUTE FUNCTION apprentice_{name}()")
+    else:
+        op.execute(f"CREATE TRIGGER {name} {event} FOR EACH ROW{condition} BEGIN {statement}; END")
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -180,6 +242,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_events,
     create_ledger,
     drop_input_digest,
+    create_totals,
 )
 LATEST = len(_STEPS)
 

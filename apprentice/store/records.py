@@ -325,9 +325,10 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class SpendRow:
-    """Calls of one task, day, provider and model, by the state they ended in. ``cost`` counts held money as spent.
+    """Calls of one task, day, provider and model that ended in the same way, and what was spent on them.
 
-    A vendor's training is one too; its provider is named "... training".
+    ``state`` is settled (``cost`` is the bill), lost (it may have been billed: ``cost`` is the worst case) or released
+    (nothing was billed). A vendor's training is a call too; its provider is named "... training".
     """
 
     task: str
@@ -340,6 +341,24 @@ class SpendRow:
     usage: Usage
 
     @property
-    def is_answered(self) -> bool:
-        """Whether these calls brought answers, whose mean price says what a local answer saves."""
-        return self.state == "settled" and not self.provider.endswith(" training")
+    def is_answering(self) -> bool:
+        """Whether these calls were made for answers, and not for training: such are saved by local answers."""
+        return not self.provider.endswith(" training")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a task's calls that have not ended hold at most: not spent, and not free for others."""
+
+    task: str
+    calls: int
+    amount: Decimal
+    oldest_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleTotals:
+    """How many examples a task has now, and how many remote answers it ever got."""
+
+    kept: int
+    ever: int

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
-from apprentice.store import comparisons, counts, events, examples, ledger, runs, states, versions
+from apprentice.store import comparisons, counts, events, examples, ledger, runs, states, totals, versions
 from apprentice.store.database import Database, open_database
 from apprentice.store.migrations import migrate
 from apprentice.store.records import (
@@ -23,6 +23,8 @@ from apprentice.store.records import (
     Count,
     EventRecord,
     ExampleRecord,
+    ExampleTotals,
+    Held,
     Lease,
     NextCall,
     PolicyRow,
@@ -355,10 +357,25 @@ class Store:
         with self._database.read() as tx:
             return ledger.window_states(tx, keys)
 
-    def spend(self, *, since: float = 0.0) -> list[SpendRow]:
-        """Calls since a moment by task, day, provider, model and end; those whose owner died count as lost."""
+    # totals
+
+    def spend(self, *, since: str = "") -> list[SpendRow]:
+        """What was spent since a day ("2026-03-01"; "": ever), by task, day, provider, model and how the calls ended.
+
+        Spent is what is settled and what is lost. What calls in flight hold is not in it: see `held`.
+        """
         with self._database.read() as tx:
-            return ledger.spend(tx, since=since, now=self._clock())
+            return totals.spend(tx, since)
+
+    def held(self) -> list[Held]:
+        """What calls hold that have not ended, by task: in flight, or left by a process that died."""
+        with self._database.read() as tx:
+            return totals.held(tx)
+
+    def example_totals(self, task: str) -> ExampleTotals:
+        """How many examples a task has and ever got; costs the same however many there are."""
+        with self._database.read() as tx:
+            return totals.examples_of(tx, task)
 
 
 _add_counts = counts.add

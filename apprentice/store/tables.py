@@ -9,11 +9,13 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, Table, Text
 
 __all__ = [
+    "call_totals",
     "calls",
     "cap_windows",
     "comparisons",
     "counts",
     "events",
+    "example_totals",
     "examples",
     "leases",
     "metadata",
@@ -202,4 +204,35 @@ calls = Table(
     Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
     Column("created_at", Float, nullable=False),
     Column("ended_at", Float),
+)
+_open = calls.c.state == "reserved"
+Index("calls_open", calls.c.task, sqlite_where=_open, postgresql_where=_open)
+
+# What the ended calls of a day come to: kept by triggers on `calls`, so that every writer's calls are in it.
+call_totals = Table(
+    "call_totals",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("day", Text, primary_key=True),
+    Column("provider", Text, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("state", Text, primary_key=True),  # settled, released or lost
+    *(
+        Column(name, BigInteger, nullable=False)
+        for name in (
+            *("calls", "cost"),
+            *("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens"),
+        )
+    ),
+    sqlite_with_rowid=False,
+)
+
+# How many examples a task has, and how many it ever got: kept by triggers on `examples`.
+example_totals = Table(
+    "example_totals",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("kept", BigInteger, nullable=False),
+    Column("ever", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )

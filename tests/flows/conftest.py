@@ -160,12 +160,15 @@ def home(tmp_path: Path, empty_registry: Path) -> Iterator[Home]:
 
 @pytest.fixture
 def make_home(tmp_path: Path, empty_registry: Path) -> Iterator[Callable[..., Home]]:
-    """Homes with other configurations."""
-    shutil.copy(empty_registry, tmp_path / "mlflow.db")
+    """Homes with other configurations, in a ``folder`` of their own if they are to be apart."""
     made: list[Home] = []
 
-    def make(**changes: Any) -> Home:
-        made.append(Home(tmp_path, {}, **changes))
+    def make(folder: str = ".", **changes: Any) -> Home:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        if not (place / "mlflow.db").exists():
+            shutil.copy(empty_registry, place / "mlflow.db")
+        made.append(Home(place, {}, **changes))
         return made[-1]
 
     yield make

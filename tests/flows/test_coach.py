@@ -172,11 +172,12 @@ def test_a_vendors_training_is_paid_for_once(make_home: Any, trainer: Any) -> No
     trainer.failures = [httpx.ConnectError("the vendor is away")]
     with pytest.raises(TrainingError, match="the run is kept"):
         _coach(home)
-    (row,) = home.store.spend()
-    assert (row.provider, row.state, row.cost) == ("huggingface training", "reserved", Decimal("0.60"))
+    (held,) = home.store.held()
+    assert (held.task, held.amount, home.store.spend()) == ("mood", Decimal("0.60"), [])
     assert _coach(home).promoted
     (row,) = home.store.spend()
-    assert (row.state, row.calls, row.cost, row.is_answered) == ("settled", 1, Decimal("0.30"), False)
+    assert (row.state, row.calls, row.cost, row.is_answering) == ("settled", 1, Decimal("0.30"), False)
+    assert row.provider == "huggingface training"
 
 
 def test_training_that_no_cap_has_room_for_is_not_begun(make_home: Any, trainer: Any) -> None:

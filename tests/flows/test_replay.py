@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import random
+import sqlite3
 from collections.abc import Callable
+from decimal import Decimal
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ pytestmark = [
 ]
 
 MOODS = ("glad", "sad", "angry")
+THRESHOLDS = {"phase2_to_phase3": 0.6, "coaching_trigger": 0.4, "emergency_threshold": 0.2}
 
 
 @pytest.fixture
@@ -67,9 +73,63 @@ def test_a_replay_goes_through_the_phases_and_the_remote_is_asked_less(replay: C
     assert summary["remote_calls"] == sum(m.asked_remote for m in moments) == home.store.count_examples("mood")
     assert 0 < summary["spend"] < summary["spend_without"]
     assert summary["agreement"] > 0.9
+
+
+def test_the_money_of_a_replay_is_the_ledgers(replay: Callable[..., Any]) -> None:
+    """Recomputed from the raw rows: what was spent, that it never falls, and what everything would have cost."""
+    moments, home = replay(700)
+    with Store.open(home.settings.store_url) as store:
+        summary = summarise(moments, store, "mood", 1.0)
+    with contextlib.closing(sqlite3.connect(home.settings.root / "apprentice.db")) as db:
+        calls = db.execute("SELECT state, cost, request_id FROM calls ORDER BY seq").fetchall()
+    bills = [cost for _, cost, _ in calls]
+    assert {state for state, _, _ in calls} == {"settled"}
+    assert len({request for _, _, request in calls}) == len(bills) == summary["remote_calls"]
+    assert summary["spend"] == sum(bills) / 10**9
+    assert all(a.spend <= b.spend and a.spend_without <= b.spend_without for a, b in itertools.pairwise(moments))
     # While everything is asked, the two sums are the same bill.
     first_local = next(m.i for m in moments if not m.asked_remote)
     assert moments[first_local - 1].spend == moments[first_local - 1].spend_without
+    # The letters are alike, so each costs about the same: shares of money are shares of calls.
+    mean = sum(bills) / len(bills) / 10**9
+    assert summary["spend_without"] == pytest.approx(mean * len(moments), rel=0.01)
+    assert summary["spend"] / summary["spend_without"] == pytest.approx(summary["remote_share"], abs=0.01)
+    assert summary["remote_share"] == sum(m.asked_remote for m in moments) / len(moments)
+    assert summary["remote_share_tail"] == pytest.approx(len([m for m in moments[466:] if m.asked_remote]) / 234)
+
+
+def test_what_everything_would_have_cost_is_what_it_does_cost(make_home: Callable[..., Any], trainer: Any) -> None:
+    """Letters of very different length: the estimate for local answers, beside the bill for asking everything."""
+    trainer.skills = [0.8, 0.97]
+    draw = random.Random(3)
+    lengths = (draw.choice([3, 15, 120]) for _ in range(500))
+    words = (" ".join(f"w{draw.randrange(5000)}" for _ in range(length)) for length in lengths)
+    texts = [f"{said} on day {i}" for i, said in enumerate(words)]
+    seen = {}
+    for name, first_training in (("apprentice", 60), ("remote alone", 10_000)):
+        home = make_home(
+            name.replace(" ", "-"),
+            task={"confidence_thresholds": {**THRESHOLDS, "phase1_to_phase2": first_training}},
+            local={"fine_tune_batch_size": 60, "fine_tune_growth": 1.0},
+        )
+        home.truth.update({text: MOODS[i * 7 % 3] for i, text in enumerate(texts)})
+        traffic = [Recorded(i + 1, {"text": t}, {"mood": home.truth[t]}) for i, t in enumerate(texts)]
+        quiet = LiveView(Console(file=StringIO()), len(texts), "letters")
+        seen[name] = run_replay(traffic, home.settings, "mood", seed=1, view=quiet, engine=home.engine)
+    ours, alone = seen["apprentice"], seen["remote alone"]
+    assert all(m.asked_remote for m in alone)
+    assert not all(m.asked_remote for m in ours)
+    assert float(ours[-1].spend_without) == pytest.approx(float(alone[-1].spend), rel=0.01)
+
+
+def test_a_stopped_replay_counts_the_same_money(replay: Callable[..., Any]) -> None:
+    """Stopped after 350 and taken up again: the sums go on from where they were, and stay true."""
+    replay(350)
+    moments, home = replay(700)
+    bills = sum(row.cost for row in home.store.spend())
+    assert moments[-1].spend == bills
+    everything = bills / sum(m.asked_remote for m in moments) * len(moments)
+    assert moments[-1].spend_without == pytest.approx(everything, rel=Decimal("0.01"))
 
 
 def test_held_out_examples_are_never_trained_on_by_any_version(replay: Callable[..., Any]) -> None:

@@ -336,8 +336,8 @@ def test_a_reservation_holds_until_it_ends(store: Store) -> None:
         "settled": (1, Decimal("0.10")),
         "released": (1, Decimal(0)),
         "lost": (1, Decimal("0.25")),
-        "reserved": (1, Decimal("0.25")),
     }
+    assert [(row.calls, row.amount) for row in store.held()] == [(1, Decimal("0.25"))]
     assert rows["settled"].usage == Usage(100, 10, 5, 2, 1)
     assert fourth.worst_case == Decimal("0.25")
 
@@ -352,13 +352,13 @@ def test_a_call_ends_once(store: Store) -> None:
     assert committed(store) == (Decimal("0.10"), Decimal("0.10"))
 
 
-def test_a_dead_owners_call_counts_as_lost(store: Store, clock: Any) -> None:
-    """A reservation nobody ended stays held, and is reported as lost after an hour."""
+def test_a_dead_owners_call_stays_held(store: Store, clock: Any) -> None:
+    """A reservation nobody ended stays within the cap for ever, and is never said to be spent."""
     reserve(store)
-    clock.now += 3601
-    assert [(row.state, row.cost) for row in store.spend()] == [("lost", Decimal("0.25"))]
+    began, clock.now = clock.now, clock.now + 86_400
+    assert store.spend() == []
+    assert [(row.task, row.amount, row.oldest_at) for row in store.held()] == [("a", Decimal("0.25"), began)]
     assert committed(store) == (Decimal(0), Decimal("0.25"))
-    assert store.spend(since=clock.now) == []
 
 
 def test_completing_records_everything_or_nothing(store: Store) -> None:
