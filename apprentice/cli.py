@@ -131,12 +131,25 @@ def report(config: Path, since: str | None, as_json: bool, as_csv: bool, html: P
 @click.argument("scenario", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Where the picture goes (PNG).")
 @click.option("--json", "json_out", type=click.Path(dir_okay=False, path_type=Path), help="Where the figures go.")
-@click.option("--seed", default=0, show_default=True, help="Of the simulated traffic.")
-def simulate(scenario: Path, out: Path | None, json_out: Path | None, seed: int) -> None:
+@click.option("--seed", type=int, help="Random seed of the simulated traffic; the scenario's own if left out.")
+@click.option("--task", help="Try this task's thresholds, from the configuration, instead of the scenario's.")
+@config_option
+def simulate(
+    scenario: Path, out: Path | None, json_out: Path | None, seed: int | None, task: str | None, config: Path
+) -> None:
     """Try thresholds against a simulated remote and local model."""
     from apprentice.simulate import run_command
 
-    run_command(scenario, out, json_out, seed)
+    trust = None
+    if task is not None:
+        from apprentice.config import load_settings
+        from apprentice.judge import trust_settings
+
+        settings = load_settings(config)
+        if task not in (names := [one.name for one in settings.tasks]):
+            raise click.BadParameter(f"{config} has no task {task!r}; it has {', '.join(names)}", param_hint="--task")
+        trust = trust_settings(settings, settings.task(task))
+    run_command(scenario, out, json_out, seed, trust)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -596,6 +596,9 @@ def _sense(scenario: Scenario) -> list[Problem]:
             problems.append(
                 Problem(f"happenings[{i}].kind", f"is {happening.kind!r}; use shift, drift or teacher_change.")
             )
+        if not 0 <= happening.at < scenario.requests:
+            never = f"is {happening.at:,}, and there are {scenario.requests:,} requests: it would never happen"
+            problems.append(Problem(f"happenings[{i}].at", never))
     if not 0.0 <= scenario.teacher_noise <= 1.0:
         problems.append(Problem("teacher_noise", f"must lie in [0, 1], not {scenario.teacher_noise}"))
     return problems
@@ -767,15 +770,21 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def run_command(path: Path, out: Path | None, json_out: Path | None, seed: int | None) -> None:
-    """Load the scenario at ``path``, run it, print the table; write the picture and the figures where asked.
+def run_command(
+    path: Path, out: Path | None, json_out: Path | None, seed: int | None, trust: TrustSettings | None = None
+) -> None:
+    """Load the scenario at ``path``, run it, print the table; write the picture and the figures if asked.
+
+    ``seed`` and ``trust`` replace the scenario's own.
 
     Raises ConfigError for a bad scenario, MissingExtra where a picture is asked for without matplotlib.
     """
     from rich.console import Console
 
     scenario = load_scenario(path)
-    result = simulate(scenario, seed=seed or None)
+    if trust is not None:
+        scenario = replace(scenario, trust=trust)
+    result = simulate(scenario, seed=seed)
     console = Console()
     console.print(report(result))
     if json_out is not None:

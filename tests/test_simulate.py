@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from apprentice.cli import cli
 from apprentice.confidence.trust import TrustSettings
 from apprentice.errors import ConfigError
 from apprentice.simulate import Happening, LocalModel, Scenario, Training, load_scenario, picture, run_command, simulate
@@ -156,6 +158,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert figures["requests"] == 3000
     assert figures["points"][-1]["request"] == 3000
     assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_thresholds_can_be_a_tasks_own(tmp_path: Path):
+    """`--task` takes what apprentice.yaml says; every seed can be chosen, 0 too; a task that is not there is named."""
+    path = tmp_path / "small.yaml"
+    path.write_text("requests: 600\nlocal:\n  curve: {100: [0.99, 0.98, 0.97, 0.96]}\ntraining: {first: 200}\n")
+    config = FOLDER.parent.parent / "apprentice.yaml"
+    command = ["simulate", str(path), "--config", str(config), "--json", str(tmp_path / "small.json")]
+    seen = {}
+    for more in ("--seed=0", "--seed=1", "--task=classify_ticket"):
+        assert CliRunner().invoke(cli, [*command, more]).exit_code == 0
+        seen[more] = json.loads((tmp_path / "small.json").read_text())["events"]
+    assert seen["--seed=0"] != seen["--seed=1"]
+    assert seen["--task=classify_ticket"] != seen["--seed=1"]
+    assert "has no task 'x'" in CliRunner().invoke(cli, [*command, "--task=x"]).output
+
+
+def test_what_happens_after_the_last_request_is_an_error(tmp_path: Path):
+    """It would be reported as never noticed."""
+    path = tmp_path / "late.yaml"
+    path.write_text("requests: 600\nhappenings: [{at: 600, kind: shift, factor: 0.5}]\n")
+    with pytest.raises(ConfigError, match=r"happenings\[0\].at.*never happen"):
+        load_scenario(path)
 
 
 def test_a_picture_of_every_kind_of_world(tmp_path: Path):
