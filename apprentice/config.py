@@ -189,6 +189,9 @@ class ProviderSettings(_Section):
     api_key_env: str = Field("", description="name of the environment variable that holds the key")
     base_url: str | None = Field(None, description="another endpoint of the same protocol")
     api: Literal["chat_completions", "responses"] = Field("chat_completions", description="for provider: openai")
+    structured_output: Literal["json_schema", "json_object", "none"] = Field(
+        "json_schema", description="how the schema is asked for; a server that takes less is asked for less by itself"
+    )
     price: ModelPrice | None = Field(None, description="wins over the price list")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of traffic when use: share")
     requests_per_minute: int | None = Field(None, ge=1, description="the vendor's limit; requests wait for it")

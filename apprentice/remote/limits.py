@@ -10,8 +10,6 @@ import threading
 
 __all__ = ["Bucket", "Limits"]
 
-_BUSY_S = 0.01
-
 
 class Bucket:
     """``per_minute`` tokens a minute, of which up to ``burst`` may be saved up. Goes into debt, never waits."""
@@ -39,7 +37,10 @@ class Bucket:
 
 
 class Limits:
-    """What one process may ask of one provider. ``now`` is a monotonic clock's reading, in seconds. Thread-safe."""
+    """What one process may ask of one provider. ``now`` is a monotonic clock's reading, in seconds. Thread-safe.
+
+    A call `enter`s, `take`s until that returns 0, is made, and `leave`s.
+    """
 
     def __init__(self, *, requests_per_minute: int | None, tokens_per_minute: int | None, max_concurrency: int) -> None:
         # A second's worth may be saved up; a burst of a whole minute would trip the vendors' own, finer buckets.
@@ -49,38 +50,43 @@ class Limits:
         self._tokens = None
         if tokens_per_minute:
             self._tokens = Bucket(tokens_per_minute, burst=tokens_per_minute / 6)
-        self._free = max_concurrency
-        self._paused_until = 0.0
+        self._places = threading.BoundedSemaphore(max_concurrency)
+        self._paused_until = float("-inf")
+        self._why_paused = ""
         self._lock = threading.Lock()
 
-    def acquire(self, tokens: float, now: float) -> float:
-        """Take the right to one call of about ``tokens`` tokens, and return 0; or how long to wait before asking again.
+    def enter(self, within_s: float) -> bool:
+        """Wait for a place among the calls at once, at most ``within_s`` real seconds. If True, `leave` must follow."""
+        return self._places.acquire(timeout=max(within_s, 0.0))
 
-        Where 0 came back, `release` must follow.
-        """
+    def leave(self) -> None:
+        """The call is over, or is not made."""
+        self._places.release()
+
+    def take(self, tokens: float, now: float) -> float:
+        """Take one call of about ``tokens`` tokens, and return 0; or how long to wait before asking again."""
         with self._lock:
-            wait = self._paused_until - now
+            wait = max(self._paused_until - now, 0.0)
             if self._requests is not None:
                 wait = max(wait, self._requests.wait_s(1, now))
             if self._tokens is not None:
                 wait = max(wait, self._tokens.wait_s(tokens, now))
             if wait > 0:
                 return wait
-            if self._free <= 0:
-                return _BUSY_S
-            self._free -= 1
             if self._requests is not None:
                 self._requests.take(1, now)
             if self._tokens is not None:
                 self._tokens.take(tokens, now)
             return 0.0
 
-    def release(self) -> None:
-        """The call is over."""
+    def pause(self, until: float, why: str) -> None:
+        """The vendor asked for silence until then, and said why."""
         with self._lock:
-            self._free += 1
+            if until > self._paused_until:
+                self._paused_until, self._why_paused = until, why
 
-    def pause(self, until: float) -> None:
-        """The vendor asked for silence until then."""
+    def paused(self, now: float) -> tuple[float, str] | None:
+        """For how many more seconds the vendor asked for silence, and why; None where it did not."""
         with self._lock:
-            self._paused_until = max(self._paused_until, until)
+            rest = self._paused_until - now
+            return (rest, self._why_paused) if rest > 0 else None

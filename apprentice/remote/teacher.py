@@ -15,14 +15,15 @@ import random as random_module
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
-
-import httpx
 
 from apprentice.budget import Budget
 from apprentice.config import ProviderSettings, RemoteSettings, TaskSettings, require_key
 from apprentice.errors import (
+    ApprenticeError,
+    BudgetExceeded,
     ConfigError,
     OutputError,
     Problem,
@@ -31,19 +32,18 @@ from apprentice.errors import (
     RemoteUnavailable,
 )
 from apprentice.prompts import remote_system, remote_user
-from apprentice.remote.answers import read
+from apprentice.remote.answers import bare_json, fit, read
 from apprentice.remote.anthropic import Anthropic
 from apprentice.remote.breaker import Breaker
-from apprentice.remote.dialects import without_null_options
-from apprentice.remote.failures import Failure, of_exception, of_response
+from apprentice.remote.failures import Failure, of_exception
 from apprentice.remote.google import Google
 from apprentice.remote.limits import Limits
 from apprentice.remote.openai import OpenAIChat, OpenAIResponses
 from apprentice.remote.pricing import PriceList, check_price
-from apprentice.remote.provider import Completion, Prompt, Provider, Turn
+from apprentice.remote.provider import FORMATS, Completion, Format, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
 from apprentice.store import Reservation, Settlement, Usage
-from apprentice.transport import Request, Response, Send
+from apprentice.transport import Request, Send
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
 
@@ -90,15 +90,21 @@ def make_provider(settings: ProviderSettings, key: str) -> Provider:
 
 @dataclass(slots=True)
 class _Source:
-    """A configured provider with what this process knows of it."""
+    """A configured provider with what this process knows of it.
+
+    ``label`` names it in messages; ``formats`` holds, by task, how the answer's format is asked for where the vendor
+    does not take it as configured.
+    """
 
     settings: ProviderSettings
     key: str = field(repr=False)
+    label: str
     provider: Provider
     price: PriceList
     limits: Limits
     breaker: Breaker
     typical_output: dict[str, float]
+    formats: dict[str, Format]
 
 
 @dataclass(slots=True)
@@ -113,6 +119,17 @@ class _Account:
             worst = self.held.worst_case
             self.ended.append(Settlement(self.held, state, worst if state == "lost" else cost, usage or Usage()))
             self.held = None
+
+
+@dataclass(slots=True)
+class _Asking:
+    """One `ask`: what is asked, its money, and how often it was sent so far."""
+
+    task: TaskSettings
+    user: str
+    request_id: str
+    account: _Account
+    attempts: int = 0
 
 
 class Teacher:
@@ -141,7 +158,7 @@ class Teacher:
         self._clock = clock
         self._monotonic = monotonic
         self._random = random or random_module.Random()
-        self._prompts: dict[str, tuple[TaskSettings, Prompt]] = {}
+        self._prompts: dict[tuple[str, Format], tuple[TaskSettings, Prompt]] = {}
         self._sources = []
         for one in settings.providers:
             key = require_key(one, environ)
@@ -150,7 +167,10 @@ class Teacher:
                 tokens_per_minute=one.tokens_per_minute,
                 max_concurrency=one.max_concurrency,
             )
-            source = _Source(one, key, make_provider(one, key), PriceList(one, clock), limits, Breaker(), {})
+            provider = make_provider(one, key)
+            alike = [other for other in settings.providers if other.provider == one.provider]
+            label = provider.name if len(alike) == 1 else f"{provider.name} ({one.model})"
+            source = _Source(one, key, label, provider, PriceList(one, clock), limits, Breaker(), {}, {})
             self._sources.append(source)
 
     def __repr__(self) -> str:
@@ -178,7 +198,7 @@ class Teacher:
         Tokens are estimated from bytes; the answer's from ``output`` where it is known, else from past answers.
         """
         source = self._sources[0]
-        request = source.provider.build(self._prompt(task), remote_user(value))
+        request = source.provider.build(self._prompt(task, source.settings.structured_output), remote_user(value))
         if output is not None:
             written = len(json.dumps(output, ensure_ascii=False).encode("utf-8", "replace")) / _BYTES_PER_TOKEN
         else:
@@ -200,122 +220,119 @@ class Teacher:
             raise
 
     def _ask(self, task: TaskSettings, value: Mapping[str, Any], request_id: str, account: _Account) -> RemoteAnswer:
+        """One provider after the other, until one brings an answer that fits: why another did not is no question."""
         began = self._monotonic()
         ends = began + self._settings.deadline_s
-        prompt = self._prompt(task)
-        user = remote_user(value)
-        tries = _Tries()
-        refused: list[RemoteError] = []
+        asking = _Asking(task, remote_user(value), request_id, account)
+        causes: list[ApprenticeError] = []
         order = self._order()
         for i, source in enumerate(order):
-            share = (ends - self._monotonic()) / (len(order) - i)  # leave time for those who come after
-            deadline = self._monotonic() + share
+            now = self._monotonic()
+            share_s = (ends - now) / (len(order) - i)  # leave time for those who come after
             try:
-                answer = self._ask_one(source, task, prompt, user, request_id, deadline, account, tries)
-            except (RemoteRefused, RemoteUnavailable) as error:
-                refused.append(error)
+                output = self._ask_one(asking, source, now + share_s)
+            except (RemoteError, OutputError, BudgetExceeded) as error:
+                causes.append(error)
                 if len(order) > 1:
                     logger.warning("task %s: %s", task.name, error)
                 continue
-            latency_ms = (self._monotonic() - began) * 1000
-            usage = sum((s.usage for s in account.ended), Usage())
-            cost = sum((s.cost for s in account.ended), Decimal(0))
             return RemoteAnswer(
-                answer,
-                source.provider.name,
-                source.settings.model,
-                usage,
-                cost,
-                tuple(account.ended),
-                tries.n,
-                latency_ms,
+                output=output,
+                provider=source.provider.name,
+                model=source.settings.model,
+                usage=sum((s.usage for s in account.ended), Usage()),
+                cost=sum((s.cost for s in account.ended), Decimal(0)),
+                settlements=tuple(account.ended),
+                attempts=asking.attempts,
+                latency_ms=(self._monotonic() - began) * 1000,
             )
-        # Where one provider was merely away, a later request may succeed: say that rather than the refusal.
-        away = [e for e in refused if isinstance(e, RemoteUnavailable)]
-        raise (away or refused)[-1]
+        raise _no_answer(task.name, [source.label for source in order], causes)
 
-    def _ask_one(
-        self,
-        source: _Source,
-        task: TaskSettings,
-        prompt: Prompt,
-        user: str,
-        request_id: str,
-        ends: float,
-        account: _Account,
-        tries: _Tries,
-    ) -> dict[str, Any]:
+    def _ask_one(self, asking: _Asking, source: _Source, ends: float) -> dict[str, Any]:
         """One provider's answer, repaired once where it does not fit."""
+        task = asking.task
         turns: list[Turn] = []
         while True:
-            completion = self._complete(source, task, prompt, user, turns, request_id, ends, account, tries)
+            completion = self._complete_in_a_format(asking, source, turns, ends)
             if completion.stop == "refusal":
-                raise OutputError(
-                    task.name, source.provider.name, [Problem("answer", "the model declined to give one.")]
-                )
+                why = f" (it stopped with {completion.reason})" if completion.reason else ""
+                declined = Problem("answer", f"the model declined to give one{why}.")
+                raise OutputError(task.name, source.label, [declined])
             try:
-                output = task.output_schema.parse(completion.text)
+                return fit(completion, task.output_schema, task.max_output_tokens, task.name)
             except SchemaError as error:
                 problems = error.problems
-            else:
-                return _canonical(task, output)
-            if completion.stop == "length":
-                cut = f"was cut off at {prompt.max_output_tokens} tokens."
-                problems = [Problem("answer", cut, f"Raise max_output_tokens of task {task.name!r}."), *problems]
             if turns or not self._settings.repair:
-                raise OutputError(task.name, source.provider.name, problems)
-            turns.append(Turn(completion.text, _complaint(problems)))
+                raise OutputError(task.name, source.label, problems)
+            turns.append(Turn(bare_json(completion.text), _complaint(problems)))
+
+    def _complete_in_a_format(self, asking: _Asking, source: _Source, turns: Sequence[Turn], ends: float) -> Completion:
+        """A completion in the strictest format that the vendor takes; what it takes is remembered for the task.
+
+        Servers without `json_schema` refuse every request that asks for it, and vendors refuse schemas that are too
+        large for them. Then the format is asked for in a weaker way, and our own check of the answer decides alone.
+        """
+        task = asking.task.name
+        strictest = source.formats.get(task, source.settings.structured_output)
+        refused: Failure | None = None
+        for form in FORMATS[FORMATS.index(strictest) :]:
+            answer = self._complete(asking, source, self._prompt(asking.task, form), turns, ends)
+            if isinstance(answer, Completion):
+                if form != strictest:
+                    source.formats[task] = form
+                    what = f"{source.label} refuses structured_output: {strictest} for task {task}"
+                    logger.warning("%s (%s); asking with %s from now on", what, refused and refused.message, form)
+                return answer
+            refused = refused or answer
+            if not answer.about_format:
+                refused = answer
+                break
+        assert refused is not None
+        kind = RemoteUnavailable if refused.again else RemoteRefused
+        raise kind(source.label, refused.message, status=refused.status)
 
     def _complete(
-        self,
-        source: _Source,
-        task: TaskSettings,
-        prompt: Prompt,
-        user: str,
-        turns: Sequence[Turn],
-        request_id: str,
-        ends: float,
-        account: _Account,
-        tries: _Tries,
-    ) -> Completion:
+        self, asking: _Asking, source: _Source, prompt: Prompt, turns: Sequence[Turn], ends: float
+    ) -> Completion | Failure:
         """One completion of one provider, through as many attempts as it takes and the deadline allows."""
+        account, task = asking.account, asking.task.name
         name, model = source.provider.name, source.settings.model
-        request = source.provider.build(prompt, user, turns)
-        most_read = len(request.content) + _VENDORS_OWN_TOKENS
+        request = source.provider.build(prompt, asking.user, turns)
         price = source.price.now()
-        worst = price.worst(most_read, prompt.max_output_tokens)
+        worst = price.worst(len(request.content) + _VENDORS_OWN_TOKENS, prompt.max_output_tokens)
         failure = Failure("there was no time for an attempt before the deadline")
         for attempt in range(self._settings.max_retries + 1):
             if (rest := source.breaker.wait_s(self._monotonic())) > 0:
                 left_alone = f"is left alone for {rest:.1f} s because it kept failing"
                 failure = Failure(f"{left_alone}; the last failure: {failure.message}" if attempt else left_alone)
                 break
-            if account.held is None:
-                account.held = self._budget.standing(task.name, name, model, worst, request_id)
-            if account.held is None:
-                account.held = self._budget.reserve(task.name, name, model, worst, request_id)
-            if not self._wait_for_turn(source, task, request, ends):
-                if not attempt:
-                    failure = Failure("the rate limit set in apprentice.yaml allows no call before the deadline")
+            if (in_vain := self._wait_for_turn(source, task, request, ends)) is not None:
+                failure = failure if attempt else in_vain
                 break
-            tries.n += 1
-            response, failed = self._attempt(source, request, ends - self._monotonic())
-            completion, failed = self._read(source, response) if response is not None else (None, failed)
+            try:
+                # Reserved after the wait: a queue of calls that may not be made yet must not hold the budget.
+                if account.held is None:
+                    account.held = self._budget.standing(task, name, model, worst, asking.request_id)
+                if account.held is None:
+                    account.held = self._budget.reserve(task, name, model, worst, asking.request_id)
+                asking.attempts += 1
+                answer = self._attempt(source, request, ends - self._monotonic())
+            finally:
+                source.limits.leave()
             now = self._monotonic()
-            if completion is not None:
+            if isinstance(answer, Completion):
                 source.breaker.succeeded()
-                self._settle(source, task, account, completion, price)
-                return completion
-            assert failed is not None
-            failure = failed
+                self._settle(source, asking.task, account, answer, price)
+                return answer
+            failure = answer
             if failure.billed:
                 account.end("lost")
             if not failure.again:
                 break
             if failure.throttled:
-                source.limits.pause(now + (failure.after_s or 0.0))
+                source.limits.pause(now + (failure.after_s or 0.0), failure.message)
             elif source.breaker.failed(now):
-                logger.warning("%s keeps failing (%s); leaving it alone for a while", name, failure.message)
+                logger.warning("%s keeps failing (%s); leaving it alone for a while", source.label, failure.message)
             wait_s = max(failure.after_s or 0.0, self._pause_s(attempt))
             if attempt == self._settings.max_retries or now + wait_s + _SHORTEST_ATTEMPT_S > ends:
                 break
@@ -324,38 +341,44 @@ class Teacher:
             account.end("released")
             unbilled = account.ended.pop()
             self._budget.end([unbilled])
-        if failure.again:
-            raise RemoteUnavailable(name, failure.message, status=failure.status)
-        raise RemoteRefused(name, failure.message, status=failure.status)
+        return failure
 
-    def _attempt(self, source: _Source, request: Request, within_s: float) -> tuple[Response | None, Failure | None]:
+    def _attempt(self, source: _Source, request: Request, within_s: float) -> Completion | Failure:
         """Send once. The exception is dropped here: it holds the request, and the request holds the key."""
         try:
             response = self._send(request, within_s)
-        except httpx.HTTPError as error:
-            failure: Failure | None = of_exception(error)
-        else:
-            failure = of_response(response, self._clock(), source.key)
-            return (response, None) if failure is None else (None, failure)
-        finally:
-            source.limits.release()
-        return None, failure
+        except Exception as error:  # noqa: BLE001  # whatever sending raises, this provider brought no answer
+            return of_exception(error, source.key)
+        return read(source.provider, response, self._clock(), source.key)
 
-    def _wait_for_turn(self, source: _Source, task: TaskSettings, request: Request, ends: float) -> bool:
-        """Wait until the provider's limits allow a call; False where the deadline comes first."""
-        tokens = len(request.content) / _BYTES_PER_TOKEN + source.typical_output.get(task.name, _TYPICAL_OUTPUT)
-        while True:
-            now = self._monotonic()
-            wait = source.limits.acquire(tokens, now)
-            if wait <= 0:
-                return True
-            if now + wait + _SHORTEST_ATTEMPT_S > ends:
-                return False
-            self._sleep(wait)
+    def _wait_for_turn(self, source: _Source, task: str, request: Request, ends: float) -> Failure | None:
+        """Wait until the provider's limits allow a call; then `Limits.leave` must follow. Else why they do not."""
+        limits, settings = source.limits, source.settings
+        if not limits.enter(ends - self._monotonic()):
+            return Failure(
+                f"all {settings.max_concurrency} calls at once (max_concurrency) were busy until the deadline"
+            )
+        tokens = len(request.content) / _BYTES_PER_TOKEN + source.typical_output.get(task, _TYPICAL_OUTPUT)
+        try:
+            while (wait_s := limits.take(tokens, now := self._monotonic())) > 0:
+                if now + wait_s + _SHORTEST_ATTEMPT_S > ends:
+                    failure = self._why_not(limits, now)
+                    limits.leave()
+                    return failure
+                self._sleep(wait_s)
+        except BaseException:
+            limits.leave()
+            raise
+        return None
 
-    def _read(self, source: _Source, response: Response) -> tuple[Completion | None, Failure | None]:
-        answer = read(source.provider, response, self._clock(), source.key)
-        return (None, answer) if isinstance(answer, Failure) else (answer, None)
+    def _why_not(self, limits: Limits, now: float) -> Failure:
+        asked = limits.paused(now)
+        if asked is None:
+            what = "requests_per_minute or tokens_per_minute in apprentice.yaml"
+            return Failure(f"{what} allow no call before the deadline")
+        rest_s, why = asked
+        until = datetime.fromtimestamp(self._clock() + rest_s, UTC).isoformat(timespec="seconds")
+        return Failure(f"it asked for no call before {until} ({why})", 429, throttled=True)
 
     def _settle(
         self, source: _Source, task: TaskSettings, account: _Account, completion: Completion, price: Any
@@ -388,23 +411,29 @@ class Teacher:
         now = self._monotonic()
         return sorted(order, key=lambda s: not s.breaker.allows(now))
 
-    def _prompt(self, task: TaskSettings) -> Prompt:
-        known = self._prompts.get(task.name)
+    def _prompt(self, task: TaskSettings, form: Format) -> Prompt:
+        known = self._prompts.get((task.name, form))
         if known is None or known[0] is not task:
             system = remote_system(task.description, task.instructions)
-            prompt = Prompt(task.name, system, task.output_schema.json_schema, task.max_output_tokens)
-            known = self._prompts[task.name] = (task, prompt)
+            prompt = Prompt(task.name, system, task.output_schema.json_schema, task.max_output_tokens, form)
+            known = self._prompts[task.name, form] = (task, prompt)
         return known[1]
 
 
-@dataclass(slots=True)
-class _Tries:
-    n: int = 0
+def _no_answer(task: str, providers: Sequence[str], causes: Sequence[ApprenticeError]) -> ApprenticeError:
+    """What is raised where none of the providers brought an answer: the one cause, or all of them in one error.
 
-
-def _canonical(task: TaskSettings, output: dict[str, Any]) -> dict[str, Any]:
-    kept = without_null_options(task.output_schema.json_schema, output)
-    return kept if isinstance(kept, dict) else output
+    Where one of them was merely away, or held up by a cap, a later request may succeed, and the error says so.
+    """
+    if len(causes) == 1 or all(isinstance(cause, BudgetExceeded) for cause in causes):
+        return causes[0]
+    named = ", ".join(providers)
+    said = f"none brought an answer: {'; '.join(str(cause) for cause in causes)}"
+    if any(isinstance(cause, RemoteUnavailable | BudgetExceeded) for cause in causes):
+        return RemoteUnavailable(named, said)
+    if any(isinstance(cause, OutputError) for cause in causes):
+        return OutputError(task, named, [Problem(name, str(e)) for name, e in zip(providers, causes, strict=True)])
+    return RemoteRefused(named, said)
 
 
 def _complaint(problems: Sequence[Problem]) -> str:

@@ -26,9 +26,11 @@ from typing import Any, Literal, Self
 
 import httpx
 
-from apprentice.testing.vendors import PROTOCOLS, Question, Refused, VendorProtocol, tokens
+from apprentice.testing.vendors import PROTOCOLS, Question, Refused, Stop, VendorProtocol, tokens
 
 __all__ = ["FakeVendor", "Fault", "Vendor"]
+
+_FORMATS = ("json_schema", "json_object", "none")
 
 type Vendor = Literal["anthropic", "openai", "openai_responses", "google", "openai_compatible"]
 type Kind = Literal[
@@ -43,7 +45,15 @@ type Kind = Literal[
     "schema_violation",  # a proper answer whose content does not fit the schema
     "truncated",  # a proper answer, cut off at the token limit
     "refusal",  # a proper answer in which the model declines
+    "filtered",  # a proper answer that a filter withheld: content_filter, RECITATION
     "no_usage",  # a proper answer that does not say what it cost
+    "error_inside",  # 200, with the vendor's rate limit error in the place of the answer
+    "in_parts",  # a proper answer whose content comes in several parts, after one that thinks
+    "thinking",  # a proper answer after a <think> block in its text
+    "fenced",  # a proper answer in a code fence
+    "empty",  # a proper answer without any text
+    "tool_input_text",  # a tool's input as JSON text (Anthropic; the others have no tools)
+    "verbatim",  # ``content`` as the body, with ``status`` and ``headers``
 ]
 
 
@@ -54,7 +64,9 @@ class Fault:
     kind: Kind
     retry_after_s: float | None = None
     seconds_between: float = 0.05
-    content: str = '{"wrong": true}'
+    content: str | bytes = '{"wrong": true}'
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +82,8 @@ class FakeVendor:
     """One vendor. Use it as a context manager for a server on localhost, or `transport` without any network.
 
     ``answer`` gets the input and returns the answer (a mapping, or text to be sent as it is); ``faults`` is an iterable
-    of `Fault` or None, one for each request. Thread-safe; ``questions`` keeps what was asked.
+    of `Fault` or None, one for each request. ``structured_output`` is the strictest format of answers that it takes
+    ("json_object", "none": as many compatible servers do). Thread-safe; ``questions`` keeps what was asked.
     """
 
     def __init__(
@@ -80,6 +93,7 @@ class FakeVendor:
         *,
         key: str = "sk-test-0123456789abcdef",
         faults: Iterable[Fault | None] = (),
+        structured_output: Literal["json_schema", "json_object", "none"] = "json_schema",
         keep_questions: bool = True,
     ) -> None:
         self.vendor = vendor
@@ -87,6 +101,7 @@ class FakeVendor:
         self.questions: list[Question] = []
         self.asked = 0
         self._keep = keep_questions
+        self._strictest = _FORMATS.index(structured_output)
         self._protocol: VendorProtocol = PROTOCOLS[vendor]
         self._answer = answer
         self._faults: Iterator[Fault | None] = iter(faults)
@@ -176,6 +191,8 @@ class FakeVendor:
         protocol = self._protocol
         try:
             question = protocol.read(path, headers, json.loads(content), self.key)
+            if _FORMATS.index(question.format) < self._strictest:
+                raise Refused(400, "invalid_request_error", "This response_format type is unavailable now")
         except Refused as refused:
             return self._error(refused.status, refused.kind, str(refused))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -185,17 +202,27 @@ class FakeVendor:
         if fault is not None and (error_reply := self._failed(fault)) is not None:
             return error_reply
         kind = fault.kind if fault else None
-        if kind == "schema_violation":
-            text = fault.content if fault else ""
+        if fault is not None and kind == "schema_violation":
+            text = fault.content if isinstance(fault.content, str) else fault.content.decode()
         else:
             answer = self._answer(question.value)
             text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-        if kind == "truncated":
-            text = text[: max(len(text) // 2, 1)]
-        if kind == "refusal":
-            text = ""
-        stop = {"truncated": "length", "refusal": "refusal"}.get(kind or "", "end")
-        body = protocol.answer(question, text, stop, tokens(content.decode("utf-8", "replace")))
+        match kind:
+            case "truncated":
+                text = text[: max(len(text) // 2, 1)]
+            case "refusal" | "filtered" | "empty":
+                text = ""
+            case "thinking":
+                text = f"<think>\nLet me see: {{}}\n</think>\n\n{text}"
+            case "fenced":
+                text = f"```json\n{text}\n```"
+        stops: dict[str, Stop] = {"truncated": "length", "refusal": "refusal", "filtered": "filtered"}
+        tokens_in = tokens(content.decode("utf-8", "replace"))
+        body = protocol.answer(question, text, stops.get(kind or "", "end"), tokens_in, in_parts=kind == "in_parts")
+        if kind == "tool_input_text":
+            for block in body.get("content", ()):
+                if block.get("type") == "tool_use":
+                    block["input"] = json.dumps(block["input"])
         if kind == "no_usage":
             body = {name: value for name, value in body.items() if name not in ("usage", "usageMetadata")}
         encoded = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
@@ -230,6 +257,13 @@ class FakeVendor:
                 return self._error(401, "authentication_error", message)
             case "reset":
                 return _Reply(200, b"", wire="reset")
+            case "error_inside":
+                kind = "RESOURCE_EXHAUSTED" if google else "rate_limit_error"
+                error = self._error(429, kind, "Rate limit exceeded.", after)
+                return _Reply(200, error.body, error.headers)
+            case "verbatim":
+                body = fault.content.encode() if isinstance(fault.content, str) else fault.content
+                return _Reply(fault.status, body, fault.headers)
             case "not_json":
                 return _Reply(200, b"<html><body>It works!</body></html>", (("content-type", "text/html"),))
         return None

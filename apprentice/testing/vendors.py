@@ -10,9 +10,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-__all__ = ["PROTOCOLS", "AnthropicProtocol", "Question", "Refused", "VendorProtocol"]
+__all__ = ["PROTOCOLS", "AnthropicProtocol", "Question", "Refused", "Stop", "VendorProtocol"]
+
+type Format = Literal["json_schema", "json_object", "none"]
+type Stop = Literal["end", "length", "refusal", "filtered"]
+
+_OPENAIS_MOST_ENUM_VALUES = 1000  # of all enums in a schema together
+_GEMINIS_MOST_ENUM_VALUES = 250  # it names no number; some 260 were reported to be too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class Question:
     user: str
     turns: tuple[str, ...]
     max_output_tokens: int
+    format: Format = "json_schema"
     by_tool: bool = False
 
     @property
@@ -46,13 +53,29 @@ class VendorProtocol(Protocol):
     """One vendor's API, seen from the vendor."""
 
     def read(self, path: str, headers: Mapping[str, str], body: dict[str, Any], key: str) -> Question: ...
-    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]: ...
+    def answer(
+        self, question: Question, text: str, stop: Stop, tokens_in: int, *, in_parts: bool = False
+    ) -> dict[str, Any]: ...
     def error(self, status: int, kind: str, message: str) -> dict[str, Any]: ...
 
 
 def tokens(text: str) -> int:
     """A plausible count of tokens."""
     return max(math.ceil(len(text.encode("utf-8", "replace")) / 4), 1)
+
+
+def _halves(text: str, *, in_parts: bool) -> list[str]:
+    middle = len(text) // 2
+    return [text[:middle], text[middle:]] if in_parts else [text]
+
+
+def _enum_values(node: Any) -> int:
+    if isinstance(node, list):
+        return sum(map(_enum_values, node))
+    if not isinstance(node, dict):
+        return 0
+    own = len(node["enum"]) if isinstance(node.get("enum"), list) else 0
+    return own + sum(map(_enum_values, node.values()))
 
 
 def _known(body: Mapping[str, Any], names: set[str], status: int, kind: str, where: str = "") -> None:
@@ -108,7 +131,7 @@ def _alternating(messages: Any, kind: str, roles: tuple[str, str]) -> list[str]:
         if message.get("role") != roles[i % 2]:
             raise Refused(400, kind, f"messages.{i}: roles must alternate, beginning with {roles[0]}")
         content = message.get("content")
-        if not isinstance(content, str) or not content:
+        if not isinstance(content, str) or not content.strip():
             raise Refused(400, kind, f"messages.{i}: text content must be non-empty")
         texts.append(content)
     return texts
@@ -129,7 +152,9 @@ class AnthropicProtocol:
         _known(body, known, 400, bad)
         texts = _alternating(body.get("messages"), bad, ("user", "assistant"))
         system = "".join(block["text"] for block in body.get("system", ()))
+        asked: Format = "json_object" if "tools" in body else "none"
         if "output_config" in body:
+            asked = "json_schema"
             form = body["output_config"].get("format", {})
             if form.get("type") != "json_schema":
                 raise Refused(400, bad, "output_config.format.type: Input should be 'json_schema'")
@@ -138,14 +163,19 @@ class AnthropicProtocol:
             if tool.get("input_schema", {}).get("type") != "object":
                 raise Refused(400, bad, "tools.0.input_schema.type: Input should be 'object'")
         max_tokens = _positive(body, "max_tokens", bad)
-        return Question(body["model"], system, texts[-1], tuple(texts[:-1]), max_tokens, by_tool="tools" in body)
+        by_tool = "tools" in body
+        return Question(body["model"], system, texts[-1], tuple(texts[:-1]), max_tokens, asked, by_tool=by_tool)
 
-    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
-        content: dict[str, Any] = {"type": "text", "text": text}
-        reason = {"end": "end_turn", "length": "max_tokens", "refusal": "refusal"}[stop]
+    def answer(
+        self, question: Question, text: str, stop: Stop, tokens_in: int, *, in_parts: bool = False
+    ) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": half} for half in _halves(text, in_parts=in_parts)]
+        if in_parts:
+            content.insert(0, {"type": "thinking", "thinking": "hm", "signature": "x"})
+        reason = {"end": "end_turn", "length": "max_tokens", "refusal": "refusal", "filtered": "refusal"}[stop]
         if question.by_tool and stop == "end":
             try:
-                content = {"type": "tool_use", "id": "toolu_01", "name": "answer", "input": json.loads(text)}
+                content = [{"type": "tool_use", "id": "toolu_01", "name": "answer", "input": json.loads(text)}]
                 reason = "tool_use"
             except ValueError:
                 pass  # a model that answers in prose instead of calling the tool
@@ -154,7 +184,7 @@ class AnthropicProtocol:
             "type": "message",
             "role": "assistant",
             "model": question.model,
-            "content": [content],
+            "content": content,
             "stop_reason": reason,
             "stop_sequence": None,
             "usage": {
@@ -177,12 +207,23 @@ class _OpenAI:
             shown = f"{given[:8]}****{given[-4:]}"
             raise Refused(401, "invalid_request_error", f"Incorrect API key provided: {shown}.")
 
-    def _format(self, form: Mapping[str, Any]) -> None:
+    def _format(self, form: Mapping[str, Any], messages: str) -> Format:
         bad = "invalid_request_error"
+        if form.get("type") == "json_object":
+            if "json" not in messages.lower():
+                raise Refused(400, bad, "messages must contain the word 'json' in some form, to use 'json_object'.")
+            return "json_object"
+        if form.get("type") != "json_schema":
+            raise Refused(400, bad, "Invalid value: 'response_format.type'")
+        form = form.get("json_schema", form)
         if not isinstance(form.get("name"), str) or not 0 < len(form["name"]) <= 64:
             raise Refused(400, bad, "Missing required parameter: 'response_format.json_schema.name'")
         if form.get("strict"):
             _walk_closed(form.get("schema"), bad, all_required=True)
+            if _enum_values(form.get("schema")) > _OPENAIS_MOST_ENUM_VALUES:
+                most = f"Expected at most {_OPENAIS_MOST_ENUM_VALUES} enum values in total within a schema."
+                raise Refused(400, bad, f"Invalid schema for response_format '{form['name']}': {most}")
+        return "json_schema"
 
     def error(self, status: int, kind: str, message: str) -> dict[str, Any]:
         return {"error": {"message": message, "type": kind, "param": None, "code": None}}
@@ -200,20 +241,24 @@ class OpenAIChatProtocol(_OpenAI):
             raise Refused(404, bad, f"Unknown request URL: POST {path}.")
         self._authorized(headers, key)
         _known(body, {"model", "messages", "response_format", self._limit, "prompt_cache_key"}, 400, bad)
-        form = body.get("response_format", {})
-        if form.get("type") != "json_schema":
-            raise Refused(400, bad, "Invalid value: 'response_format.type'")
-        self._format(form["json_schema"])
         messages = body.get("messages") or [{}]
+        form = body.get("response_format")
+        asked = "none" if form is None else self._format(form, json.dumps(messages))
         if messages[0].get("role") != "system":
             raise Refused(400, bad, "messages: the first has no role 'system'")
         texts = _alternating(messages[1:], bad, ("user", "assistant"))
         limit = _positive(body, self._limit, bad)
-        return Question(body["model"], messages[0]["content"], texts[-1], tuple(texts[:-1]), limit)
+        return Question(body["model"], messages[0]["content"], texts[-1], tuple(texts[:-1]), limit, asked)
 
-    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+    def answer(
+        self, question: Question, text: str, stop: Stop, tokens_in: int, *, in_parts: bool = False
+    ) -> dict[str, Any]:
         out = tokens(text)
         refused = stop == "refusal"
+        content: Any = text
+        if in_parts:  # as Mistral's reasoning models do
+            thought: dict[str, Any] = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+            content = [thought, *({"type": "text", "text": half} for half in _halves(text, in_parts=True))]
         return {
             "id": "chatcmpl-01",
             "object": "chat.completion",
@@ -224,10 +269,10 @@ class OpenAIChatProtocol(_OpenAI):
                     "index": 0,
                     "message": {
                         "role": "assistant",
-                        "content": None if refused else text,
+                        "content": None if refused else content,
                         "refusal": "I cannot help with that." if refused else None,
                     },
-                    "finish_reason": "length" if stop == "length" else "stop",
+                    "finish_reason": {"length": "length", "filtered": "content_filter"}.get(stop, "stop"),
                 }
             ],
             "usage": {
@@ -250,30 +295,35 @@ class OpenAIResponsesProtocol(_OpenAI):
         self._authorized(headers, key)
         known = {"model", "instructions", "input", "max_output_tokens", "text", "prompt_cache_key", "store"}
         _known(body, known, 400, bad)
-        form = body.get("text", {}).get("format", {})
-        if form.get("type") != "json_schema":
-            raise Refused(400, bad, "Invalid value: 'text.format.type'")
-        self._format(form)
-        texts = _alternating(body.get("input"), bad, ("user", "assistant"))
+        form = body.get("text", {}).get("format")
+        messages = body.get("input") or [{}]
+        asked = "none" if form is None else self._format(form, json.dumps(messages))  # the instructions do not count
+        system = body.get("instructions", "")
+        if messages[0].get("role") == "developer":
+            system, messages = messages[0]["content"], messages[1:]
+        texts = _alternating(messages, bad, ("user", "assistant"))
         limit = _positive(body, "max_output_tokens", bad)
-        return Question(body["model"], body.get("instructions", ""), texts[-1], tuple(texts[:-1]), limit)
+        return Question(body["model"], system, texts[-1], tuple(texts[:-1]), limit, asked)
 
-    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+    def answer(
+        self, question: Question, text: str, stop: Stop, tokens_in: int, *, in_parts: bool = False
+    ) -> dict[str, Any]:
         out = tokens(text)
-        part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": []}
+        halves = _halves(text, in_parts=in_parts)
+        parts: list[dict[str, Any]] = [{"type": "output_text", "text": half, "annotations": []} for half in halves]
         if stop == "refusal":
-            part = {"type": "refusal", "refusal": "I cannot help with that."}
-        cut = stop == "length"
+            parts = [{"type": "refusal", "refusal": "I cannot help with that."}]
+        cut = {"length": "max_output_tokens", "filtered": "content_filter"}.get(stop)
         return {
             "id": "resp_01",
             "object": "response",
             "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": cut} if cut else None,
             "error": None,
             "model": question.model,
             "output": [
                 {"type": "reasoning", "id": "rs_01", "summary": []},
-                {"type": "message", "id": "msg_01", "role": "assistant", "status": "completed", "content": [part]},
+                {"type": "message", "id": "msg_01", "role": "assistant", "status": "completed", "content": parts},
             ],
             "usage": {
                 "input_tokens": tokens_in,
@@ -298,14 +348,21 @@ class GoogleProtocol:
         _known(body, {"systemInstruction", "contents", "generationConfig"}, 400, bad)
         generation = body.get("generationConfig", {})
         _known(generation, {"maxOutputTokens", "responseMimeType", "responseSchema"}, 400, bad, "generation_config.")
+        asked: Format = "json_object" if generation.get("responseMimeType") == "application/json" else "none"
         if "responseSchema" in generation:
+            if asked == "none":
+                raise Refused(400, bad, "responseSchema needs responseMimeType: application/json")
+            asked = "json_schema"
             self._walk(generation["responseSchema"])
+            if _enum_values(generation["responseSchema"]) > _GEMINIS_MOST_ENUM_VALUES:
+                message = "The specified schema produces a constraint that has too many states for serving."
+                raise Refused(400, bad, message)
         turns = [{"role": c.get("role"), "content": c["parts"][0]["text"]} for c in body.get("contents", ())]
         texts = _alternating(turns, bad, ("user", "model"))
         system = body.get("systemInstruction", {}).get("parts", [{"text": ""}])[0]["text"]
         limit = _positive(generation, "maxOutputTokens", bad)
         model = path.removeprefix(prefix).removesuffix(suffix)
-        return Question(model, system, texts[-1], tuple(texts[:-1]), limit)
+        return Question(model, system, texts[-1], tuple(texts[:-1]), limit, asked)
 
     def _walk(self, node: Any) -> None:
         bad = "INVALID_ARGUMENT"
@@ -342,19 +399,22 @@ class GoogleProtocol:
         for branch in node.get("anyOf", ()):
             self._walk(branch)
 
-    def answer(self, question: Question, text: str, stop: str, tokens_in: int) -> dict[str, Any]:
+    def answer(
+        self, question: Question, text: str, stop: Stop, tokens_in: int, *, in_parts: bool = False
+    ) -> dict[str, Any]:
         out = tokens(text)
         usage = {"promptTokenCount": tokens_in, "candidatesTokenCount": out, "totalTokenCount": tokens_in + out}
         if stop == "refusal":
             return {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": usage}
+        parts: list[dict[str, Any]] = [{"text": half} for half in _halves(text, in_parts=in_parts)]
+        if in_parts:
+            parts.insert(0, {"text": "hm", "thought": True})
+        reason = {"length": "MAX_TOKENS", "filtered": "RECITATION"}.get(stop, "STOP")
+        candidate: dict[str, Any] = {"finishReason": reason, "index": 0}
+        if stop != "filtered":  # such a candidate comes without content
+            candidate["content"] = {"role": "model", "parts": parts}
         return {
-            "candidates": [
-                {
-                    "content": {"role": "model", "parts": [{"text": text}]},
-                    "finishReason": "MAX_TOKENS" if stop == "length" else "STOP",
-                    "index": 0,
-                }
-            ],
+            "candidates": [candidate],
             "usageMetadata": usage,
             "modelVersion": question.model,
             "responseId": "r01",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from decimal import Decimal
 from typing import Any
 
@@ -109,17 +110,32 @@ def test_a_bucket_serves_what_is_larger_than_it() -> None:
     assert bucket.wait_s(1, 0.0) == pytest.approx(96.0)
 
 
-def test_limits_pause_and_free() -> None:
-    """Concurrency is given back, the vendor's pause holds everybody, requests a minute are spaced."""
+def test_limits_pause_and_space() -> None:
+    """The vendor's pause holds everybody and keeps its reason, a shorter one does not end it, requests are spaced."""
     limits = Limits(requests_per_minute=60, tokens_per_minute=None, max_concurrency=1)
-    assert limits.acquire(1, 0.0) == 0.0
-    assert limits.acquire(1, 1.0) > 0
-    limits.release()
-    limits.pause(5.0)
-    assert limits.acquire(1, 2.0) == pytest.approx(3.0)
-    assert limits.acquire(1, 5.0) == 0.0
-    limits.release()
-    assert limits.acquire(1, 5.25) == pytest.approx(0.75)
+    assert limits.take(1, 0.0) == 0.0
+    limits.pause(5.0, "slow down")
+    limits.pause(4.0, "never mind")
+    assert limits.take(1, 2.0) == pytest.approx(3.0)
+    assert limits.paused(2.0) == (pytest.approx(3.0), "slow down")
+    assert limits.paused(5.0) is None
+    assert limits.take(1, 5.0) == 0.0
+    assert limits.take(1, 5.25) == pytest.approx(0.75)
+
+
+def test_calls_at_once_wait_for_a_place() -> None:
+    """Who finds no place gets the next one that is left, or hears in time that there was none."""
+    limits = Limits(requests_per_minute=None, tokens_per_minute=None, max_concurrency=1)
+    assert limits.enter(0)
+    assert not limits.enter(0.01)
+    waiting = threading.Thread(target=lambda: limits.enter(60) and limits.leave())
+    waiting.start()
+    limits.leave()
+    waiting.join(60)
+    assert limits.enter(60)
+    limits.leave()
+    with pytest.raises(ValueError, match="released too many"):
+        limits.leave()
 
 
 def test_the_breaker_opens_rests_and_tries_again() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import random
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Generator, Iterable
@@ -12,6 +15,8 @@ from decimal import Decimal
 from typing import Any
 
 import httpx
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from apprentice.budget import Budget
@@ -27,6 +32,7 @@ from apprentice.errors import (
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.store import Store
 from apprentice.testing import FakeVendor, Fault
+from apprentice.testing.vendors import PROTOCOLS, Question
 from apprentice.transport import Request, Response, Sender
 
 TASK = TaskSettings(
@@ -153,6 +159,27 @@ FAULTS: list[tuple[list[Fault], type[ApprenticeError] | None, dict[str, int]]] =
     ([Fault("refusal")], OutputError, {"settled": 1}),
     ([Fault("no_usage")], None, {"lost": 1}),
     ([Fault("unauthorized")], RemoteRefused, {"released": 1}),
+    ([Fault("error_inside")], None, {"settled": 1}),
+    ([Fault("error_inside", retry_after_s=500)], RemoteUnavailable, {"released": 1}),
+    ([Fault("in_parts")], None, {"settled": 1}),
+    ([Fault("thinking")], None, {"settled": 1}),
+    ([Fault("fenced")], None, {"settled": 1}),
+    ([Fault("empty")], None, {"settled": 2}),
+    ([Fault("empty")] * 2, OutputError, {"settled": 2}),
+    ([Fault("filtered")], OutputError, {"settled": 1}),
+    ([Fault("schema_violation", content='{"category": ' + "[" * 5_000)], None, {"settled": 2}),
+    ([Fault("verbatim", content="[" * 5_000)], None, {"lost": 1, "settled": 1}),
+    (
+        [Fault("verbatim", content='{"choices": 5, "content": 5, "candidates": 5, "output": 5, "type": "message"}')],
+        None,
+        {"lost": 1, "settled": 1},
+    ),
+    ([Fault("verbatim", status=502, content="<html>Bad gateway")], None, {"lost": 1, "settled": 1}),
+    ([Fault("verbatim", status=504, content="")] * 9, RemoteUnavailable, {"lost": 5}),
+    ([Fault("verbatim", status=429, content="[" * 100_000)], None, {"settled": 1}),
+    ([Fault("verbatim", status=429, content='{"error": {"details": 5}}')], None, {"settled": 1}),
+    ([Fault("verbatim", status=429, content="{}", headers=(("retry-after", "nan"),))], None, {"settled": 1}),
+    ([Fault("verbatim", status=400, content="[" * 100_000)], RemoteRefused, {"released": 1}),
 ]
 
 
@@ -171,6 +198,309 @@ def test_faults(
         with pytest.raises(error):
             room.ask()
     assert room.ledger() == ledger
+
+
+# what a first provider may do for as long as it is asked, so that it never brings an answer
+NO_ANSWER = {
+    "refusal": Fault("refusal"),
+    "filtered": Fault("filtered"),
+    "prose": Fault("schema_violation", content="I would say: shipping."),
+    "deep": Fault("schema_violation", content="[" * 100_000),
+    "empty": Fault("empty"),
+    "truncated": Fault("truncated"),
+    "unauthorized": Fault("unauthorized"),
+    "server_error": Fault("server_error"),
+    "throttled": Fault("rate_limited", retry_after_s=float("inf")),
+    "error_inside": Fault("error_inside", retry_after_s=86_400),
+    "not_json": Fault("not_json"),
+    "reset": Fault("reset"),
+    "brackets": Fault("verbatim", content="[" * 5_000),
+    "null": Fault("verbatim", content="null"),
+    "bad_request": Fault("verbatim", status=400, content='{"error": {"details": 5}}'),
+    "gateway": Fault("verbatim", status=524, content="<html>"),
+}
+
+
+@pytest.mark.parametrize("second", ["anthropic", "google"])
+@pytest.mark.parametrize("first", VENDORS)
+@pytest.mark.parametrize("fault", NO_ANSWER)
+def test_the_next_provider_is_asked(school: Any, first: Any, second: Any, fault: str) -> None:
+    """Whatever keeps the first provider from bringing an answer, the second one is asked, and all calls are ended."""
+    other = FakeVendor(second, right)
+    room = school(FakeVendor(first, right, faults=itertools.repeat(NO_ANSWER[fault])), other)
+    answer = room.ask()
+    assert (answer.provider, answer.output, other.asked) == (second, {"category": "shipping"}, 1)
+    room.ledger()
+
+
+def test_all_causes_are_told(school: Any) -> None:
+    """Where no provider brings an answer the error names each of them with its cause, finish reasons included."""
+    room = school(
+        FakeVendor("google", faults=[Fault("filtered")] * 9),
+        FakeVendor(
+            "openai", faults=[Fault("verbatim", status=400, content='{"error": {"message": "no such model"}}')] * 9
+        ),
+        FakeVendor("openai_compatible", lambda value: "I would say: shipping."),
+    )
+    with pytest.raises(
+        OutputError, match=r"google.*RECITATION.*openai answered 400: no such model.*not JSON"
+    ) as caught:
+        room.ask()
+    assert [problem.path for problem in caught.value.problems] == ["google", "openai", "openai_compatible"]
+    away = school(
+        FakeVendor("google", faults=[Fault("filtered")]), FakeVendor("openai", faults=[Fault("server_error")] * 9)
+    )
+    with pytest.raises(RemoteUnavailable, match=r"RECITATION.*openai answered 500: server_error"):
+        away.ask()
+    refused = school(*(FakeVendor(v, faults=[Fault("unauthorized")]) for v in ("openai", "anthropic")))
+    with pytest.raises(RemoteRefused, match=r"openai answered 401.*anthropic answered 401"):
+        refused.ask()
+
+
+def test_two_models_of_one_vendor_are_told_apart(school: Any) -> None:
+    """In errors the model's name stands beside the vendor's where that alone says nothing."""
+    vendors = [_Weighted("openai", faults=[Fault("refusal")], more={"model": m}) for m in ("gpt-4o-mini", "gpt-4o")]
+    with pytest.raises(OutputError, match=r"openai \(gpt-4o-mini\).*openai \(gpt-4o\)"):
+        school(*vendors).ask()
+
+
+def test_a_cheaper_provider_is_asked_where_the_first_does_not_fit_the_budget(school: Any) -> None:
+    """A cap that has no room for one provider's worst case may have room for another's."""
+    dear, cheap = FakeVendor("anthropic", right), FakeVendor("openai", right)
+    assert school(dear, cheap, daily="0.01").ask().provider == "openai"
+    assert dear.asked == 0
+
+
+def test_a_first_answer_is_repaired_before_the_next_provider_is_asked(school: Any) -> None:
+    """The repair shows the model a turn of its own that is not empty, as strict servers want it."""
+    for vendor in VENDORS:
+        first = FakeVendor(vendor, right, faults=[Fault("empty")])
+        second = FakeVendor("anthropic", right)
+        assert school(first, second).ask().attempts == 2
+        assert (first.asked, second.asked) == (2, 0)
+        assert "(no answer)" in first.questions[1].turns
+        assert "is empty" in first.questions[1].user
+
+
+def test_an_old_models_tool_may_be_called_with_text(school: Any) -> None:
+    """A proxy that hands the tool's input on as JSON text is understood at the first attempt."""
+    old = {"model": "claude-3-5-haiku-20241022"}
+    room = school(_Weighted("anthropic", right, faults=[Fault("tool_input_text")], more=old))
+    assert room.ask().attempts == 1
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("takes", ["json_object", "none"])
+def test_servers_without_json_schema(school: Any, vendor: Any, takes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """They are asked in a weaker way, which is remembered; what they refused is free."""
+    server = FakeVendor(vendor, right, structured_output=takes)
+    room = school(server)
+    refused = ["json_object", "none"].index(takes) + 1
+    assert room.ask().output == {"category": "shipping"}
+    assert server.asked == refused + 1
+    assert room.ask().attempts == 1
+    assert caplog.text.count("refuses structured_output: json_schema") == 1
+    assert "category" in server.questions[-1].system or server.questions[-1].by_tool
+    assert room.ledger()["settled"] == 2
+    assert room.ledger().get("lost") is None
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("configured", ["json_object", "none"])
+def test_a_configured_format_is_asked_for_at_once(school: Any, vendor: Any, configured: Any) -> None:
+    """Where apprentice.yaml says what a server takes nothing is tried first."""
+    server = _Weighted(vendor, right, structured_output=configured, more={"structured_output": configured})
+    assert school(server).ask().attempts == 1
+    assert server.questions[0].format == configured
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_an_enum_too_long_for_the_vendor(school: Any, vendor: Any) -> None:
+    """Our own check decides alone where the vendor refuses the schema; other tasks stay enforced."""
+    names = [f"product-{n}" for n in range(1_200)]
+    long = TaskSettings(
+        name="products",
+        description="Which product?",
+        input_schema={"text": "str"},  # type: ignore[arg-type]
+        output_schema={"product": names},  # type: ignore[arg-type]
+    )
+    answers = iter([{"product": names[7]}, {"product": "product-x"}, {"product": names[8]}, right(None)])
+    server = FakeVendor(vendor, lambda value: next(answers))
+    room = school(server)
+    assert room.ask(long).output == {"product": names[7]}
+    assert room.ask(long).output == {"product": names[8]}
+    assert room.ask().output == {"category": "shipping"}
+    enforced = vendor in ("anthropic",)  # which names no limit
+    assert server.questions[0].format == ("json_schema" if enforced else "json_object")
+    assert server.questions[-1].format == "json_schema"
+
+
+def test_a_format_that_is_not_the_reason_is_not_remembered(school: Any) -> None:
+    """A refusal that only sounds like it is tried in the weaker formats, told in its own words, and forgotten."""
+    sounds = Fault("verbatim", status=400, content='{"error": {"message": "the text holds a schema that is too long"}}')
+    server = FakeVendor("openai", right, faults=[sounds] * 3)
+    room = school(server)
+    with pytest.raises(RemoteRefused, match="holds a schema that is too long"):
+        room.ask()
+    room.ask()
+    assert [question.format for question in server.questions][-1] == "json_schema"
+
+
+@pytest.mark.parametrize("after", ["86400", "inf", "1e400", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_vendors_pause_is_bounded_and_named(school: Any, after: str) -> None:
+    """Later calls of the process say whose wish it is and until when; after ten minutes it is asked again."""
+    throttled = Fault(
+        "verbatim", status=429, content='{"error": {"message": "out of quota"}}', headers=(("retry-after", after),)
+    )
+    server = FakeVendor("openai", right, faults=[throttled])
+    room = school(server)
+    with pytest.raises(RemoteUnavailable, match="429: out of quota"):
+        room.ask()
+    with pytest.raises(
+        RemoteUnavailable, match=r"429: it asked for no call before 20\d\d-.*\(out of quota\)"
+    ) as caught:
+        room.ask()
+    assert (caught.value.status, server.asked) == (429, 1)
+    room.time.now += 601
+    room.ask()
+    assert room.ledger() == {"released": 1, "settled": 1}
+
+
+def test_a_busy_provider_is_named_so(school: Any) -> None:
+    """Where all calls at once are under way until the deadline, that is what the error says."""
+    release, entered = threading.Event(), threading.Event()
+
+    def slowly(value: Any) -> dict[str, Any]:
+        entered.set()
+        release.wait(60)
+        return right(value)
+
+    room = school(_Weighted("openai", slowly, more={"max_concurrency": 1}), deadline_s=0.2)
+
+    def ask_first() -> None:
+        with contextlib.suppress(RemoteUnavailable):  # it may be over its deadline too
+            room.ask()
+
+    first = threading.Thread(target=ask_first)
+    first.start()
+    entered.wait(60)
+    with pytest.raises(RemoteUnavailable, match="max_concurrency"):
+        room.ask(request_id="second")
+    release.set()
+    first.join()
+    assert sum(room.ledger().values()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.LocalProtocolError("Illegal header value b'Bearer sk-test-0123456789abcdef\\n'"),
+        httpx.UnsupportedProtocol("Request URL is missing an 'http://' or 'https://' protocol."),
+        httpx.InvalidURL("Invalid port: 'x'"),
+        UnicodeEncodeError("ascii", "x", 0, 1, "ordinal not in range(128)"),
+    ],
+)
+def test_what_cannot_be_sent_is_free_and_not_tried_again(school: Any, error: Exception) -> None:
+    """A header or an address that is wrong here reaches nobody: no money, one attempt, and no key in the error."""
+    server = FakeVendor("openai", right)
+    room = school(server, interrupt=error)
+    with pytest.raises(RemoteRefused, match=type(error).__name__) as caught:
+        room.ask()
+    assert "0123456789" not in str(caught.value)
+    assert room.slept == []
+    assert room.ledger() == {"released": 1}
+
+
+def _json_values() -> st.SearchStrategy[Any]:
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_NAMES, inner, max_size=5))
+
+
+_WORDS = (
+    "error message code type status details choices content text usage output input candidates parts finishReason "
+    "finish_reason stop_reason usageMetadata promptTokenCount refusal prompt_tokens completion_tokens input_tokens "
+    "output_tokens incomplete_details reason thought x"
+)
+_NAMES = st.sampled_from(_WORDS.split())
+
+
+@st.composite
+def _bodies(draw: st.DrawFn, vendor: str) -> bytes:
+    """Any bytes, any JSON, or a right answer in which any one node is another value."""
+    match draw(st.integers(0, 4)):
+        case 0:
+            return draw(st.binary(max_size=60))
+        case 1:
+            return b"[" * draw(st.integers(1, 20_000))
+        case 2:
+            return json.dumps(draw(_json_values())).encode()
+    question = Question("m", "s", "u", (), 64)
+    text = draw(st.sampled_from(['{"category":"shipping"}', '{"category":"no"}', "", "prose", '{"category":NaN}']))
+    stop = draw(st.sampled_from(["end", "length", "refusal", "filtered"]))
+    body = PROTOCOLS[vendor].answer(question, text, stop, 20, in_parts=draw(st.booleans()))
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            places.append((node, key))
+            walk(child)
+
+    walk(body)
+    node, key = draw(st.sampled_from(places))
+    node[key] = draw(_json_values())
+    return json.dumps(body).encode()
+
+
+_HEADER_NAMES = (
+    b"retry-after retry-after-ms x-ratelimit-remaining-tokens x-ratelimit-reset-tokens "
+    b"anthropic-ratelimit-requests-remaining anthropic-ratelimit-requests-reset"
+).split()
+_HEADER_VALUES = [
+    *(b"0", b"nan", b"inf", b"-5", b"1e400", b"1" * 400 + b"h"),
+    *(b"Fri, 31 Dec 9999 23:59:59 GMT", b"9999-12-31T23:59:59+23:59", b"0001-01-01T00:00:00Z"),
+]
+_HEADERS = st.lists(
+    st.tuples(st.sampled_from(_HEADER_NAMES), st.sampled_from(_HEADER_VALUES) | st.binary(max_size=20)), max_size=4
+)
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Generator[Store]:
+    with Store.open("sqlite://") as store:
+        yield store
+
+
+@pytest.mark.parametrize("helped", [False, True])
+@pytest.mark.parametrize("vendor", VENDORS)
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(data=st.data())
+def test_nothing_that_a_vendor_sends_gets_past(vendor: Any, helped: bool, ledger: Store, data: st.DataObject) -> None:
+    """Any bodies, statuses, headers: an answer that fits or a documented error, all calls ended, the next one asked."""
+    mad, sane = FakeVendor(vendor), FakeVendor("google", right)
+    statuses = st.sampled_from([200, 200, 200, 400, 401, 408, 422, 429, 500, 502, 529]) | st.integers(100, 599)
+    by_sane = Sender(httpx.Client(transport=sane.transport()))
+
+    def send(request: Request, deadline_s: float) -> Response:
+        if request.endpoint.url.host == "sane.invalid":
+            return by_sane.send(request, deadline_s)
+        return Response(data.draw(statuses), data.draw(_bodies(vendor)), data.draw(_HEADERS))
+
+    other = {**sane.settings(), "base_url": "http://sane.invalid/v1beta", "api_key_env": "SANE"}
+    settings = RemoteSettings.model_validate({**mad.settings(), "additional_providers": [other] if helped else []})
+    budget = Budget(ledger, BudgetSettings(daily=Decimal(1_000_000)), announce=lambda *_: None)
+    time = Time()
+    environ = {**mad.environ, "SANE": sane.key}
+    teacher = Teacher(settings, budget, send, environ, random=random.Random(7), monotonic=time, sleep=time.sleep)
+    try:
+        answer = teacher.ask(TASK, VALUE, "r")
+    except (OutputError, RemoteRefused, RemoteUnavailable):
+        assert not helped
+    else:
+        budget.complete_remote(settlements=answer.settlements)
+        assert TASK.output_schema.check(answer.output) == answer.output
+        assert answer.cost >= 0
+    assert all(cap.reserved == 0 for cap in budget.remaining())
+    assert time.now < 1_000 + settings.deadline_s + 1
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
