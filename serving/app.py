@@ -21,6 +21,7 @@ from apprentice import (
     Unavailable,
     UnknownTask,
 )
+from apprentice.json_values import InvalidValue, NotJson, read_json
 
 __all__ = ["create_app"]
 
@@ -40,9 +41,11 @@ def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
     async def run(name: str, request: Request) -> JSONResponse:
         """Answer one input of a task. The body is the input; the answer is `{"id", "output"}`."""
         try:
-            value = await request.json()
-        except ValueError as error:
-            return _error(400, "InputError", f"the body is not JSON ({error})")
+            value = read_json(await request.body(), name="the body")
+        except NotJson as error:
+            return _error(400, "InputError", str(error))
+        except InvalidValue as error:
+            return _error(422, "InputError", str(error))
         if not isinstance(value, dict):
             return _error(422, "InputError", "the body must be a JSON object, the task's input")
         result = await request.app.state.apprentice.run(name, value)

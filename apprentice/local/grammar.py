@@ -252,6 +252,8 @@ def _array(schema: Mapping[str, Any], rules: dict[str, Node]) -> Node:
 def _object(schema: Mapping[str, Any], rules: dict[str, Node]) -> Node:
     properties = schema.get("properties", {})
     extra = schema.get("additionalProperties", True)
+    if schema.get("patternProperties"):
+        return Ref("any_object")
     if not properties:
         if extra is False:
             return text("{}")

@@ -157,7 +157,8 @@ def _dumps(value: object) -> str:
 
 def _closed(schema: Mapping[str, Any]) -> bool:
     """Whether every field the object may have is known."""
-    return bool(schema.get("properties")) and schema.get("additionalProperties") is False
+    others = schema.get("additionalProperties") is not False or schema.get("patternProperties")
+    return bool(schema.get("properties")) and not others
 
 
 def _root(schema: Mapping[str, Any]) -> Walk:

@@ -225,7 +225,7 @@ class FakeVendor:
                     block["input"] = json.dumps(block["input"])
         if kind == "no_usage":
             body = {name: value for name, value in body.items() if name not in ("usage", "usageMetadata")}
-        encoded = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        encoded = json.dumps(body).encode()
         json_type = (("content-type", "application/json"),)
         if kind == "half_body":
             return _Reply(200, encoded, json_type, wire="half")

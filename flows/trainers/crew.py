@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from apprentice.config import TrainingSettings
 from apprentice.errors import TrainingError
-from apprentice.schema import parse_schema
+from apprentice.schema import schema_of_document
 from flows.trainers import Progress, TrainedAdapter, TrainingJob
 
 __all__ = ["Alone", "Crew", "Together", "read_job", "report", "train_together"]
@@ -136,7 +136,7 @@ def read_job(path: Path) -> tuple[TrainingJob, bool]:
     for name in ("dataset", "root", "work", "adapters"):
         order[name] = Path(order[name])
     order["settings"] = TrainingSettings.model_validate(order["settings"])
-    order["output_schema"] = parse_schema(order["output_schema"])
+    order["output_schema"] = schema_of_document(order["output_schema"])
     return TrainingJob(**order), every_layer
 
 

@@ -27,22 +27,23 @@ EVERYTHING = parse_schema(
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
+INTEGERS = st.integers(-(2**63), 2**63 - 1)  # others are refused at the door
 OUTPUTS = st.fixed_dictionaries(
     {
         "label": st.sampled_from(["joy", "fear"]),
         "level": st.sampled_from([1, 10, 100]),
         "text": TEXT,
-        "count": st.integers(),
+        "count": INTEGERS,
         "inner": st.fixed_dictionaries(
-            {"a": st.integers(), "b": st.fixed_dictionaries({}, optional={"c": TEXT | st.none()})}
+            {"a": INTEGERS, "b": st.fixed_dictionaries({}, optional={"c": TEXT | st.none()})}
         ),
         "items": st.lists(TEXT, max_size=3),
     },
     optional={
         "share": FINITE | st.none(),
         "flag": st.booleans() | st.none(),
-        "extra": st.dictionaries(TEXT, st.integers() | TEXT, max_size=2) | st.none(),
-        "last": st.integers() | TEXT | st.lists(st.booleans(), max_size=2) | st.none(),
+        "extra": st.dictionaries(TEXT, INTEGERS | TEXT, max_size=2) | st.none(),
+        "last": INTEGERS | TEXT | st.lists(st.booleans(), max_size=2) | st.none(),
     },
 )
 
