@@ -5,6 +5,7 @@ from apprentice.config import Settings, load_settings
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
+    ClientClosed,
     ConfigError,
     EngineRefused,
     EngineUnavailable,
@@ -30,6 +31,7 @@ __all__ = [
     "ApprenticeError",
     "AsyncApprentice",
     "BudgetExceeded",
+    "ClientClosed",
     "ConfigError",
     "EngineRefused",
     "EngineUnavailable",

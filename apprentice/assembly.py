@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apprentice.alerts import Alerts
+from apprentice.backlog import Backlog
 from apprentice.budget import Budget
 from apprentice.config import Settings
 from apprentice.errors import VersionError
@@ -33,7 +35,7 @@ __all__ = ["Assembly", "assemble", "check_remote", "open_judge"]
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """Every part of a running Apprentice. `close` releases them in an order in which nothing is lost."""
+    """Every part of a running Apprentice."""
 
     settings: Settings
     store: Store
@@ -44,19 +46,28 @@ class Assembly:
     switch: Switch
     judge: Judge
     tally: Tally
+    backlog: Backlog
     alerts: Alerts
     router: Router
 
     def close(self) -> None:
-        """Stop following versions, write what is in memory, then let go of engine and store."""
-        self.switch.close()
-        self.judge.close()
-        self.tally.close()
-        self.budget.put_back()
-        self.engine.close()
-        self.alerts.close()
-        self.sender.close()
-        self.store.close()
+        """Release everything, in an order in which nothing is lost; a second time does nothing.
+
+        Whatever fails on the way, the rest is released all the same; then the failure is raised.
+        """
+        if self.router.closed:
+            return
+        with contextlib.ExitStack() as last:  # the last one first
+            last.callback(self.store.close)
+            last.callback(self.sender.close)
+            last.callback(self.alerts.close)
+            last.callback(self.engine.close)
+            last.callback(self.budget.put_back)
+            last.callback(self.backlog.close)
+            last.callback(self.tally.close)
+            last.callback(self.judge.close)
+            last.callback(self.switch.close)
+            last.callback(self.router.close)
 
 
 def assemble(
@@ -69,18 +80,25 @@ def assemble(
     draw: random.Random,
 ) -> Assembly:
     """Build and join every part. Raises `ConfigError` (keys, prices), `StoreError`, `MissingExtra`."""
-    store = Store.open(settings.store_url, clock=clock)
-    try:
+    with contextlib.ExitStack() as opened:  # what was opened before something failed is closed again
+        sender = Sender(http_client)
+        opened.callback(sender.close)
+        sender.client()
+        store = Store.open(settings.store_url, clock=clock)
+        opened.callback(store.close)
         store.ensure_tasks(task.name for task in settings.tasks)
         alerts = Alerts(store, clock, settings.alerts.webhook)
+        opened.callback(alerts.close)
         caps = {task.name: task.budget for task in settings.tasks}
         budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner(), announce=alerts.announce)
-        sender = Sender(http_client)
         teacher = Teacher(settings.remote, budget, sender.send, environ=environ, clock=clock, random=draw)
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
-        tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S))
-        engine = engine or build_engine(settings.local, settings.root)
+        backlog = Backlog(alerts)
+        tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S) | backlog.write())
+        if engine is None:
+            engine = build_engine(settings.local, settings.root)
+            opened.callback(engine.close)
         switch = Switch(engine, _lookup(settings, store), alert=alerts)
         router = Router(
             settings,
@@ -90,21 +108,23 @@ def assemble(
             switch=switch,
             judge=judge,
             tally=tally,
+            backlog=backlog,
             alerts=alerts,
             clock=clock,
             draw=draw,
         )
-    except BaseException:
-        store.close()
-        raise
-    return Assembly(settings, store, budget, sender, teacher, engine, switch, judge, tally, alerts, router)
+        opened.pop_all()
+    return Assembly(settings, store, budget, sender, teacher, engine, switch, judge, tally, backlog, alerts, router)
 
 
 def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:
-    """Make sure that every provider has its key and a known price, opening nothing. Raises `ConfigError`."""
+    """Make sure that every provider has its key, a known price, and a way to be reached. Raises `ConfigError`."""
+    sender = Sender()
+    sender.client()
+    sender.close()
     with Store.open("sqlite://") as store:
         budget = Budget(store, settings.budget, clock=clock)
-        Teacher(settings.remote, budget, Sender().send, environ=environ, clock=clock).price_check()
+        Teacher(settings.remote, budget, sender.send, environ=environ, clock=clock).price_check()
 
 
 def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:

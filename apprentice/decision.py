@@ -33,6 +33,7 @@ class Headroom:
     remote_affordable: bool = True
     remote_healthy: bool = True
     local_healthy: bool = True
+    store_there: bool = True
 
 
 class Reason(StrEnum):
@@ -45,6 +46,7 @@ class Reason(StrEnum):
     NOTHING_CERTIFIED = "nothing_certified"
     BUDGET_EXHAUSTED = "budget_exhausted"
     REMOTE_DOWN = "remote_down"
+    STORE_DOWN = "store_down"
     LOCAL_DOWN = "local_down"
     NO_BUDGET_NO_LOCAL = "no_budget_no_local"
     NOBODY = "nobody"
@@ -73,7 +75,10 @@ def decide(policy: Policy, headroom: Headroom, draw: float) -> Plan:
     independence is what the estimates of section 6 rest on.
     """
     local = policy.champion is not None and policy.phase is not Phase.COLLECT and headroom.local_healthy
-    remote = headroom.remote_affordable and headroom.remote_healthy
+    # Nothing can be paid for without the store, which keeps the caps.
+    remote = headroom.remote_affordable and headroom.remote_healthy and headroom.store_there
+    if not headroom.store_there:
+        return Plan(local, False, Reason.STORE_DOWN, 0.0)
     if not remote:
         down = Reason.REMOTE_DOWN if not headroom.remote_healthy else Reason.BUDGET_EXHAUSTED
         if local:

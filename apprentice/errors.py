@@ -2,6 +2,7 @@
 
     ApprenticeError
     ├── ConfigError            apprentice.yaml is wrong; lists every problem at once
+    ├── ClientClosed           the client was closed before it was called
     ├── InputError             the caller's input does not fit the task
     │   └── UnknownTask        there is no such task
     ├── MissingExtra           an optional dependency is needed and not installed
@@ -31,6 +32,7 @@ from decimal import Decimal
 __all__ = [
     "ApprenticeError",
     "BudgetExceeded",
+    "ClientClosed",
     "ConfigError",
     "EngineRefused",
     "EngineUnavailable",
@@ -77,6 +79,13 @@ class ConfigError(ApprenticeError):
         self.problems = problems
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class ClientClosed(ApprenticeError):
+    """The client was closed before it was called. Nothing was asked, recorded or spent."""
+
+    def __init__(self) -> None:
+        super().__init__("this Apprentice is closed: call it before close() or the end of its `with`, or open another")
 
 
 class InputError(ApprenticeError):

@@ -8,25 +8,32 @@ asks the local model.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from apprentice.alerts import Alerts
+from apprentice.backlog import Backlog
 from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings
 from apprentice.decision import Headroom, Plan, Policy, Reason, accepts, decide
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
+    ClientClosed,
     EngineUnavailable,
     InputError,
     OutputError,
     Problem,
     RemoteRefused,
+    RemoteUnavailable,
+    StoreError,
     Unavailable,
     UnknownTask,
 )
@@ -38,16 +45,31 @@ from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.result import Result
 from apprentice.schema import SchemaError
 from apprentice.store import Store
+from apprentice.store.database import within
 from apprentice.store.records import ExampleRecord, PolicyRow
 from apprentice.tally import Tally
 
-__all__ = ["Router"]
+__all__ = ["Health", "Router", "TaskHealth"]
 
-# How old a policy snapshot may be. A promotion by another process is followed within this time.
 SNAPSHOT_S = 1.0
+"""How old a policy snapshot may be. A promotion by another process is followed within this time."""
+STORE_GRACE_S = 600.0
+"""How long requests go on under the last policies that were read, while the store cannot be reached."""
+RECORD_S = 5.0
+"""How long a paid answer waits to be recorded before the caller gets it all the same."""
+
+_STORE_PATIENCE_S = 5.0  # for a policy
+_LEAST_S = 0.5  # that the store is given for what follows an answer, though the deadline is there
+_OVERTIME_S = 1.0  # by which a local answer may miss its deadline: engines notice theirs a little late
+
+_log = logging.getLogger("apprentice")
 
 # What the counters say of an answer, by the reason of its plan: of one that the local model gave,
-_LOCAL_OUTCOMES = {Reason.BUDGET_EXHAUSTED: "budget", Reason.REMOTE_DOWN: "degraded"}
+_LOCAL_OUTCOMES = {
+    Reason.BUDGET_EXHAUSTED: "budget",
+    Reason.REMOTE_DOWN: "degraded",
+    Reason.STORE_DOWN: "degraded",
+}
 # and of one that the remote gave.
 _REMOTE_OUTCOMES = {
     Reason.SHADOWING: "shadow",
@@ -55,6 +77,33 @@ _REMOTE_OUTCOMES = {
     Reason.SPOT_CHECK: "spot_check",
     Reason.TRUSTED: "deferred",
 }
+
+# What an operator hears where the remote brought no answer, by what it raised instead.
+_ALERTS: tuple[tuple[type[Exception], str, Literal["warning", "critical"]], ...] = (
+    (BudgetExceeded, "budget_exhausted", "critical"),
+    (StoreError, "store_unavailable", "critical"),
+    (OutputError, "remote_answer_invalid", "warning"),
+    (RemoteRefused, "remote_refused", "critical"),
+    (RemoteUnavailable, "remote_unavailable", "critical"),
+    (Exception, "remote_failed", "critical"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskHealth:
+    """Where one task stands in this process. ``serving`` is what answers here, ``champion`` what should."""
+
+    phase: int
+    champion: str | None
+    serving: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a process knows of itself. ``store_away_s``: for how long the store has not been reached; None if it is."""
+
+    tasks: dict[str, TaskHealth]
+    store_away_s: float | None
 
 
 class Router:
@@ -70,6 +119,7 @@ class Router:
         switch: Switch,
         judge: Judge,
         tally: Tally,
+        backlog: Backlog,
         alerts: Alerts,
         clock: Callable[[], float],
         draw: random.Random,
@@ -81,36 +131,34 @@ class Router:
         self._switch = switch
         self._judge = judge
         self._tally = tally
+        self._backlog = backlog
         self._alerts = alerts
         self._clock = clock
         self._draw = draw
         self._snapshot = Snapshot(store, clock)
         self._in_force: dict[str, PolicyRow] = {}
+        self._calls = 0
+        self._ended = threading.Condition()
+        self.closed = False
 
     def run(self, task_name: str, value: Mapping[str, Any]) -> Result:
         """Answer one request. Raises what `Apprentice.run` documents."""
-        task = self._task(task_name)
-        checked = self._check(task, value)
-        state = self._policy(task)
-        headroom = Headroom(
-            remote_affordable=self._budget.headroom(task.name),
-            remote_healthy=self._teacher.healthy(),
-            local_healthy=self._switch.healthy(task.name) and self._switch.serving(task.name) == state.champion,
-        )
-        policy = Policy(
-            phase=Phase(state.phase),
-            champion=state.champion,
-            threshold=state.threshold,
-            sampling_rate=state.sampling_rate,
-        )
-        plan = decide(policy, headroom, self._draw.random())
-        request = _Request(uuid.uuid4().hex, task, checked, state, policy, plan, self._clock())
+        with self.call():
+            task = self._task(task_name)
+            return self._run(task, self._check(task, value))
+
+    def _run(self, task: TaskSettings, value: dict[str, Any]) -> Result:
+        request = self._planned(task, value)
+        plan, policy = request.plan, request.policy
         if plan.local and plan.remote:
             beside = _Beside(lambda: self._ask_local(request))
             remote = _outcome(lambda: self._ask_remote(request))
-            return self._conclude(request, remote, beside.outcome())
+            local = beside.outcome(self._settings.local.deadline_s + _OVERTIME_S)
+            self._watch(request, local)
+            return self._conclude(request, remote, local)
         if plan.local:
             local = _outcome(lambda: self._ask_local(request))
+            self._watch(request, local)
             if local.value is not None and not (plan.defer and not accepts(policy, local.value.confidence)):
                 return self._serve(request, local.value, _LOCAL_OUTCOMES.get(plan.reason, "local"))
             # A deferral, or a local model that failed: the remote answers, if it is to be had.
@@ -118,10 +166,51 @@ class Router:
         # The remote alone. Where the plan has nobody to ask, asking says best what is missing, and spends nothing.
         return self._conclude(request, _outcome(lambda: self._ask_remote(request)), None)
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Round everything that uses the parts: `close` waits for it. Raises `ClientClosed`."""
+        with self._ended:
+            if self.closed:
+                raise ClientClosed
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._calls -= 1
+                self._ended.notify_all()
+
+    def close(self) -> None:
+        """Take no more calls, and wait for those under way; each has its deadline."""
+        longest_s = self._settings.local.deadline_s + self._settings.remote.deadline_s + RECORD_S
+        with self._ended:
+            self.closed = True
+            if not self._ended.wait_for(lambda: not self._calls, timeout=longest_s + 2 * _STORE_PATIENCE_S):
+                _log.warning("closing although %d requests are still under way after their deadline", self._calls)
+
+    def warm(self) -> None:
+        """Begin to load every task's champion, in the background."""
+        with self.call(), within(_STORE_PATIENCE_S):
+            self._snapshot.refresh()
+            for task in self._settings.tasks:
+                self._switch.follow(task.name, self._snapshot.of(task.name).champion)
+
+    def health(self) -> Health:
+        """What this process knows of itself. Reads one row a task, and nothing while the store is away."""
+        with self.call():
+            tasks = {}
+            with within(_LEAST_S):
+                away = self._refresh()
+            for task in self._settings.tasks if self._snapshot.is_there() else ():
+                state = self._snapshot.of(task.name)
+                tasks[task.name] = TaskHealth(state.phase, state.champion, self._switch.serving(task.name))
+            return Health(tasks, self._snapshot.age_s() if away is not None else None)
+
     def wait_until_serving(self, task_name: str, timeout_s: float) -> bool:
         """Follow the task's champion and wait for it to be loaded; True at once where there is none."""
         task = self._task(task_name)
-        self._snapshot.read()
+        with self.call():
+            self._snapshot.read()
         champion = self._snapshot.of(task.name).champion
         self._switch.follow(task.name, champion)
         return champion is None or self._switch.wait_until_serving(task.name, champion, timeout_s)
@@ -143,14 +232,61 @@ class Router:
         except SchemaError as error:
             raise InputError(task.name, error.problems) from None
 
+    def _planned(self, task: TaskSettings, value: dict[str, Any]) -> _Request:
+        """The request with what is to be done about it."""
+        deadlines = self._settings.remote.deadline_s, self._settings.local.deadline_s
+        began = time.monotonic()
+        with within(min(_STORE_PATIENCE_S, *deadlines)):
+            away = self._refresh()
+            if away is not None and not 0 <= self._snapshot.age_s() <= STORE_GRACE_S:
+                raise Unavailable(f"nobody can answer task {task.name!r}: {away}", remote=away)
+            state = self._policy(task)
+            headroom = Headroom(
+                remote_affordable=away is None and self._affordable(task),
+                remote_healthy=self._teacher.healthy(),
+                local_healthy=self._switch.healthy(task.name) and self._switch.serving(task.name) == state.champion,
+                store_there=self._snapshot.away is None,
+            )
+        policy = Policy(
+            phase=Phase(state.phase),
+            champion=state.champion,
+            threshold=state.threshold,
+            sampling_rate=state.sampling_rate,
+        )
+        plan = decide(policy, headroom, self._draw.random())
+        # Where the local model is asked first, the remote has its time after it.
+        ends = began + deadlines[0] + (deadlines[1] if plan.local and not plan.remote else 0.0)
+        return _Request(uuid.uuid4().hex, task, value, state, policy, plan, self._clock(), ends)
+
+    def _refresh(self) -> Exception | None:
+        """Have policies that are new enough, or say why there are none."""
+        before = self._snapshot.away
+        try:
+            self._snapshot.refresh()
+        except Exception as error:  # noqa: BLE001  # whatever it is: the store did not say what the policy is
+            if before is None:
+                with within(_LEAST_S):
+                    self._alerts(
+                        "store_unavailable", None, {"cause": str(error), "goes_on_s": STORE_GRACE_S}, "critical"
+                    )
+        else:
+            if before is not None and self._snapshot.away is None:
+                self._alerts("store_recovered", None, {}, "info")
+        return self._snapshot.away
+
+    def _affordable(self, task: TaskSettings) -> bool:
+        try:
+            return self._budget.headroom(task.name)
+        except StoreError as error:
+            self._snapshot.lost(error)
+            return False
+
     def _policy(self, task: TaskSettings) -> PolicyRow:
         """The task's policy in force.
 
         After a promotion the store's policy speaks of the new champion while this process may still be loading it.
         Until it answers, the old version goes on under the policy that was made for it.
         """
-        if self._snapshot.is_stale():
-            self._snapshot.read()
         state = self._snapshot.of(task.name)
         self._switch.follow(task.name, state.champion)
         serving = self._switch.serving(task.name)
@@ -164,7 +300,13 @@ class Router:
 
     def _ask_remote(self, request: _Request) -> RemoteAnswer:
         """Ask the remote and commit the example: it is paid for before the caller gets it."""
-        answer = self._teacher.ask(request.task, request.value, request.id)
+        with within(self._settings.remote.deadline_s):
+            answer = self._teacher.ask(request.task, request.value, request.id)
+        self._record(request, answer)
+        return answer
+
+    def _record(self, request: _Request, answer: RemoteAnswer) -> None:
+        """Commit a paid answer; where the store does not take it in time, keep it, to be committed when it does."""
         example = ExampleRecord(
             id=request.id,
             task=request.task.name,
@@ -174,28 +316,62 @@ class Router:
             model=answer.model,
             created_at=self._clock(),
         )
-        self._budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
-        return answer
+
+        def record() -> None:
+            self._budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
+
+        now = time.monotonic()
+        ends = min(now + RECORD_S, max(request.ends, now + _LEAST_S))
+        pause_s = 0.05
+        while True:
+            try:
+                with within(ends - now):
+                    return record()
+            except Exception as error:  # noqa: BLE001  # the answer is there and paid for, whatever became of its record
+                now = time.monotonic() + pause_s
+                if now >= ends:
+                    self._keep(request, answer, record, error)
+                    return None
+            time.sleep(pause_s)
+            pause_s *= 2
+
+    def _keep(self, request: _Request, answer: RemoteAnswer, record: Callable[[], None], error: Exception) -> None:
+        evidence = {
+            "request": request.id,
+            "provider": answer.provider,
+            "model": answer.model,
+            "cost": str(answer.cost),
+            "cause": str(error),
+        }
+        self._backlog.add(request.task.name, record, evidence)
+        self._tally.wake()
+        with within(_LEAST_S):
+            self._alerts("record_delayed", request.task.name, evidence, "critical")
 
     def _ask_local(self, request: _Request) -> LocalAnswer:
         deadline_s = self._settings.local.deadline_s
-        try:
-            answer = self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
-        except OutputError:
-            self._watch(request, confidence=0.0, served=False, valid=False)
-            raise
+        answer = self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
         if answer.version != request.state.champion:
             raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
-        answer = self._judge.rate(request.task.name, answer)
-        served = accepts(request.policy, answer.confidence)
-        self._watch(request, confidence=answer.confidence, served=served)
-        return answer
+        return self._judge.rate(request.task.name, answer)
 
-    def _watch(self, request: _Request, *, confidence: float, served: bool, valid: bool = True) -> None:
+    def _watch(self, request: _Request, local: _Outcome[LocalAnswer]) -> None:
         """Let the second watch see what the champion answered."""
-        task = request.task.name
-        if self._judge.watch(task, request.champion, request.value, confidence=confidence, served=served, valid=valid):
-            self._judge.flush(task)
+        task, answer = request.task.name, local.value
+        if answer is None and not isinstance(local.error, OutputError):
+            return
+        confidence = answer.confidence if answer is not None else 0.0
+        served = answer is not None and accepts(request.policy, confidence)
+        valid = answer is not None
+        try:
+            due = self._judge.watch(
+                task, request.champion, request.value, confidence=confidence, served=served, valid=valid
+            )
+            if due:
+                with within(request.left_s()):
+                    self._judge.flush(task)
+        except Exception as error:  # noqa: BLE001  # what is only watched must not cost the caller the answer
+            self._tell(request, "watch_failed", error)
 
     # ---------------------------------------------------------------- after
 
@@ -205,7 +381,7 @@ class Router:
         """Settle on the answer when the remote was asked, alone or beside the local model."""
         if local is not None and local.error is not None:
             self._tally.add(request.task.name, request.champion, "local_failed", self._age_s(request))
-            self._alerts("local_unavailable", request.task.name, {"cause": str(local.error)})
+            self._tell(request, "local_unavailable", local.error)
         if remote.value is not None:
             outcome = "remote"
             if local is not None and local.value is not None:
@@ -215,19 +391,19 @@ class Router:
             return Result(request.id, remote.value.output)
         assert remote.error is not None
         if not isinstance(remote.error, ApprenticeError):
-            raise remote.error
-        budget = isinstance(remote.error, BudgetExceeded)
-        kind = "budget_exhausted" if budget else "remote_unavailable"
-        self._alerts(kind, request.task.name, {"cause": str(remote.error)}, "critical")
+            _log.error("asking the remote for task %s failed unforeseen", request.task.name, exc_info=remote.error)
+        kind, level = next((kind, level) for of, kind, level in _ALERTS if isinstance(remote.error, of))
+        self._tell(request, kind, remote.error, level)
         if local is not None and local.value is not None:
-            return self._serve(request, local.value, "budget" if budget else "degraded")
+            return self._serve(request, local.value, "budget" if kind == "budget_exhausted" else "degraded")
         self._tally.add(request.task.name, request.champion, "failed", self._age_s(request))
         raise _final_error(request.task.name, remote.error, local.error if local else None)
 
     def _serve(self, request: _Request, answer: LocalAnswer, outcome: str) -> Result:
         """Return the local model's answer; ``outcome`` is what the record says of it."""
         if outcome != "local":
-            self._alerts(f"answered_locally_{outcome}", request.task.name, {"request": request.id})
+            with within(request.left_s()):
+                self._alerts(f"answered_locally_{outcome}", request.task.name, {"request": request.id})
         self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
         return Result(request.id, answer.output)
 
@@ -235,19 +411,30 @@ class Router:
         """Record the comparison and update the task's trust; its own failure must not cost the caller the answer."""
         served = accepts(request.policy, local.confidence)
         try:
-            self._judge.compare(
-                request.task,
-                request_id=request.id,
-                local=local,
-                remote=remote.output,
-                probability=request.plan.probability if served else 1.0,
-                sampling_rate=request.policy.sampling_rate,
-                served=served,
-                at=self._clock(),
-            )
-        except ApprenticeError as error:
-            self._alerts("comparison_failed", request.task.name, {"request": request.id, "cause": str(error)})
+            with within(request.left_s()):
+                self._judge.compare(
+                    request.task,
+                    request_id=request.id,
+                    local=local,
+                    remote=remote.output,
+                    probability=request.plan.probability if served else 1.0,
+                    sampling_rate=request.policy.sampling_rate,
+                    served=served,
+                    at=self._clock(),
+                )
+        except Exception as error:  # noqa: BLE001  # see the docstring
+            self._tell(request, "comparison_failed", error)
         self._snapshot.forget()
+
+    def _tell(
+        self, request: _Request, kind: str, error: Exception, level: Literal["warning", "critical"] = "warning"
+    ) -> None:
+        """Alert somebody of what went wrong with a request; a store that is away is told of as just that."""
+        evidence = {"request": request.id, "cause": str(error) or type(error).__name__}
+        if isinstance(error, StoreError):
+            kind, level = "store_unavailable", "critical"
+        with within(request.left_s()):
+            self._alerts(kind, request.task.name, evidence, level)
 
     def _age_s(self, request: _Request) -> float:
         return self._clock() - request.at
@@ -262,6 +449,12 @@ class _Request:
     policy: Policy
     plan: Plan
     at: float
+    ends: float
+    """When it should be over, by the monotonic clock."""
+
+    def left_s(self) -> float:
+        """How long the store may take for what is still to do."""
+        return max(self.ends - time.monotonic(), _LEAST_S)
 
     @property
     def champion(self) -> str:
@@ -269,23 +462,65 @@ class _Request:
 
 
 class Snapshot:
-    """Every task's policy as of at most `SNAPSHOT_S` ago, in one cheap query for all of them."""
+    """Every task's policy as of at most `SNAPSHOT_S` ago, in one cheap query for all of them.
+
+    While the store cannot be read, ``away`` says why and the last one stays; one thread tries again, once a
+    `SNAPSHOT_S`, while the others go on.
+    """
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
         self._states: dict[str, PolicyRow] = {}
         self._read_at = float("-inf")
+        self._tried_at = float("-inf")
+        self._trying = threading.Lock()
+        self._forgotten = False
+        self.away: Exception | None = None
 
-    def is_stale(self) -> bool:
-        """Whether it should be read again: it is old, was forgotten, or the clock went back."""
-        return not 0 <= self._clock() - self._read_at < SNAPSHOT_S
+    def refresh(self) -> None:
+        """Read it where it is not new enough. Raises what the store raises."""
+        if not self._is_stale():
+            return
+        if self.away is None:
+            self._try()
+        elif not 0 <= self._clock() - self._tried_at < SNAPSHOT_S and self._trying.acquire(blocking=False):
+            try:
+                self._try()
+            finally:
+                self._trying.release()
+
+    def _try(self) -> None:
+        try:
+            self.read()
+        except Exception as error:
+            self.lost(error)
+            raise
 
     def read(self) -> None:
         """Read it. Concurrent readers do no harm: each brings a snapshot that is new enough."""
         at = self._clock()
         self._states = self._store.policies()
         self._read_at = at
+        self._forgotten = False
+        self.away = None
+
+    def lost(self, error: Exception) -> None:
+        """The store could not be reached just now."""
+        self._tried_at = self._clock()
+        self.away = error
+
+    def is_there(self) -> bool:
+        """Whether it has ever been read."""
+        return bool(self._states)
+
+    def age_s(self) -> float:
+        """For how long it has not been read, in seconds."""
+        return self._clock() - self._read_at
+
+    def _is_stale(self) -> bool:
+        """Whether it is old, was forgotten, or the clock went back."""
+        return self._forgotten or self.away is not None or not 0 <= self.age_s() < SNAPSHOT_S
 
     def of(self, task: str) -> PolicyRow:
         """The task's policy as last read."""
@@ -293,7 +528,7 @@ class Snapshot:
 
     def forget(self) -> None:
         """Something has just changed in this process: the next request reads again."""
-        self._read_at = float("-inf")
+        self._forgotten = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +551,7 @@ class _Beside[T]:
 
     def __init__(self, ask: Callable[[], T]) -> None:
         self._ask = ask
+        self._began = time.monotonic()
         self._result: _Outcome[T] = _Outcome()
         self._thread = threading.Thread(target=self._work, name="apprentice-local", daemon=True)
         self._thread.start()
@@ -323,17 +559,21 @@ class _Beside[T]:
     def _work(self) -> None:
         self._result = _outcome(self._ask)
 
-    def outcome(self) -> _Outcome[T]:
-        """Wait for it to end."""
-        self._thread.join()
+    def outcome(self, within_s: float) -> _Outcome[T]:
+        """How it ended, ``within_s`` of its beginning; what takes longer is not waited for."""
+        self._thread.join(max(0.0, self._began + within_s - time.monotonic()))
+        if self._thread.is_alive():
+            return _Outcome(error=EngineUnavailable(f"the local engine did not answer within {within_s:g} s"))
         return self._result
 
 
-def _final_error(task: str, remote: ApprenticeError, local: Exception | None) -> ApprenticeError:
+def _final_error(task: str, remote: Exception, local: Exception | None) -> ApprenticeError:
     """What the caller gets when nobody answered (the table in DESIGN section 4)."""
     if isinstance(remote, BudgetExceeded):
         return BudgetExceeded(remote.cap, remote.limit, remote.resets_at, local=local)
     if isinstance(remote, RemoteRefused | OutputError):
         return remote
-    causes = f"the remote: {remote}" + (f"; the local model: {local}" if local else "")
+    side = "the store" if isinstance(remote, StoreError) else "the remote"
+    said = str(remote) if isinstance(remote, ApprenticeError) else f"{type(remote).__name__}: {remote}"
+    causes = f"{side}: {said}" + (f"; the local model: {local}" if local else "")
     return Unavailable(f"nobody can answer task {task!r}: {causes}", remote=remote, local=local)

@@ -6,6 +6,7 @@ it is counted here, and the counts reach the store at most `FLUSH_S` after the f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import defaultdict
@@ -17,6 +18,7 @@ from apprentice.store.records import Count
 __all__ = ["FLUSH_S", "Tally"]
 
 FLUSH_S = 1.0
+_LONGEST_PAUSE_S = 16.0
 
 _log = logging.getLogger("apprentice")
 
@@ -44,10 +46,18 @@ class Tally:
         with self._lock:
             n, total = self._counts[task, day, version, outcome]
             self._counts[task, day, version, outcome] = (n + 1, total + latency_s)
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._write, name="apprentice-tally", daemon=True)
-                self._writer.start()
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the writer look, within `FLUSH_S`, whether there is something to write."""
         self._wake.set()
+        if self._writer is None:
+            with self._lock:
+                if self._writer is None and not self._closed.is_set():
+                    writer = threading.Thread(target=self._write, name="apprentice-tally", daemon=True)
+                    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down; `close` writes it
+                        writer.start()
+                        self._writer = writer
 
     def flush(self) -> None:
         """Write what has been counted. What cannot be written stays counted, for the next try."""
@@ -77,14 +87,17 @@ class Tally:
         self.flush()
 
     def _write(self) -> None:
+        pause_s = FLUSH_S
         while not self._closed.is_set():
             self._wake.wait()
-            self._closed.wait(FLUSH_S)
+            self._closed.wait(pause_s)
             self._wake.clear()
             try:
                 self.flush()
                 if self._chore():
                     self._wake.set()
-            except Exception:  # noqa: BLE001  # the counts are kept; the next round tries again
-                _log.warning("request counts could not be written; trying again", exc_info=True)
+                pause_s = FLUSH_S
+            except Exception as error:  # noqa: BLE001  # the counts are kept; the next round tries again
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                _log.warning("request counts could not be written (%s); trying again in %g s", error, pause_s)
                 self._wake.set()

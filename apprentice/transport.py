@@ -16,6 +16,8 @@ from typing import cast
 
 import httpx
 
+from apprentice.errors import ConfigError, Problem
+
 __all__ = ["MOST_BYTES", "Endpoint", "Request", "Response", "Send", "Sender"]
 
 MOST_BYTES = 16 * 2**20
@@ -100,13 +102,16 @@ class Sender:
         return Response(response.status_code, body, response.headers.raw)
 
     def client(self) -> httpx.Client:
-        """The client that this process sends by. After a fork the parent's sockets are left alone."""
+        """The client that this process sends by. After a fork the parent's sockets are left alone.
+
+        Raises `ConfigError` where the environment names proxies or certificates that cannot be used.
+        """
         if self._given is not None:
             return self._given
         pid = os.getpid()
         client = self._own.get(pid)
         if client is None:
-            made = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=100))
+            made = _open_client()
             client = self._own.setdefault(pid, made)
             if client is not made:  # another thread was quicker
                 made.close()
@@ -117,6 +122,36 @@ class Sender:
         client = self._own.get(os.getpid())
         if client is not None:
             client.close()
+
+
+def _open_client() -> httpx.Client:
+    try:
+        return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=100))
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise ConfigError("environment", [_environments_fault(error)]) from error
+
+
+def _environments_fault(error: Exception) -> Problem:
+    """Which of the variables that httpx reads is at fault. httpx does not say."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):  # ssl.SSLError is one
+        name = next((n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)), "SSL_CERT_FILE")
+        message = f"{os.environ.get(name)!r} holds no certificates that can be read ({said})."
+        return Problem(name, message, "Name an existing PEM file, or unset it.")
+    proxies = [name for name in os.environ if name.upper() in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")]
+    for name in sorted(proxies):
+        url = os.environ[name]
+        if isinstance(error, ImportError) and url.lower().startswith("socks"):
+            return Problem(name, "names a SOCKS proxy.", "Install what speaks to it: pip install 'httpx[socks]'.")
+        try:
+            httpx.Proxy(url if "://" in url else f"http://{url}")
+        except (ValueError, httpx.InvalidURL):
+            return Problem(
+                name, "is no proxy's address.", "Write http://HOST:PORT, or unset it."
+            )  # it may hold a password
+    name = next((n for n in ("NO_PROXY", "no_proxy") if os.environ.get(n)), "NO_PROXY")
+    message = f"{os.environ.get(name)!r} cannot be read ({said})."
+    return Problem(name, message, "Give host names and addresses; IPv6 without brackets and without a network's /SIZE.")
 
 
 class _TimeLeft(Mapping[str, float]):

@@ -1,20 +1,27 @@
-"""The HTTP application. It translates: JSON to `run`, and the library's errors to status codes."""
+"""The HTTP application. It translates: JSON to `run`, and the library's errors to status codes.
+
+Every answer that is no output has one shape: `{"error": {"type", "message"}}`.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from datetime import MAXYEAR, UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from apprentice import (
     ApprenticeError,
     AsyncApprentice,
     BudgetExceeded,
+    ClientClosed,
     InputError,
     OutputError,
     RemoteError,
@@ -24,6 +31,8 @@ from apprentice import (
 from apprentice.json_values import InvalidValue, NotJson, read_json
 
 __all__ = ["create_app"]
+
+_log = logging.getLogger("apprentice")
 
 
 def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
@@ -51,15 +60,28 @@ def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
         result = await request.app.state.apprentice.run(name, value)
         return JSONResponse({"id": result.id, "output": result.output})
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz(request: Request) -> dict[str, Any]:
-        """Say that this process is up, and which phase each task is in."""
-        status = await request.app.state.apprentice.status()
-        return {"ok": True, "tasks": {name: of_task.phase for name, of_task in status.items()}}
+        """Say that this process is up, where each task stands in it, and whether its store is away.
+
+        For each task: its ``phase``, the ``champion`` that should answer locally and the one that is ``serving`` here.
+        """
+        health = await request.app.state.apprentice.health()
+        return {"ok": True, **asdict(health)}
 
     @app.exception_handler(ApprenticeError)
     async def explain(request: Request, error: ApprenticeError) -> JSONResponse:
         return _error(*_translate(error))
+
+    @app.exception_handler(HTTPException)
+    async def explain_http(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {request.url.path}"
+        return _error(error.status_code, "HTTPError", f"{where}: {error.detail}", dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def explain_bug(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s %s failed unforeseen", request.method, request.url.path, exc_info=error)
+        return _error(500, type(error).__name__, "failed unforeseen; the server's log says how")
 
     return app
 
@@ -76,7 +98,7 @@ def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:
             if error.resets_at.year < MAXYEAR:
                 seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
                 headers["retry-after"] = str(max(1, math.ceil(seconds)))
-        case Unavailable():
+        case Unavailable() | ClientClosed():
             status = 503
         case RemoteError() | OutputError():
             status = 502

@@ -57,8 +57,8 @@ class Workbench:
             totals[row.outcome] = totals.get(row.outcome, 0) + row.n
         return totals
 
-    def promote(self, name: str = "mood-v1", *, held_out: int = 0, right: float = 1.0) -> None:
-        """Make a version the champion, after ``held_out`` comparisons of which the share ``right`` agreed."""
+    def add_version(self, name: str, held_out: int = 0) -> None:
+        """A version that waits to be promoted."""
         record = VersionRecord(
             name=name,
             task="mood",
@@ -72,6 +72,10 @@ class Workbench:
             reason="",
         )
         self.store.add_version(record)
+
+    def promote(self, name: str = "mood-v1", *, held_out: int = 0, right: float = 1.0) -> None:
+        """Make a version the champion, after ``held_out`` comparisons of which the share ``right`` agreed."""
+        self.add_version(name, held_out)
         seed = []
         for i in range(held_out):
             agreed = i < right * held_out

@@ -16,9 +16,11 @@ processes are waited for by busy_timeout, which polls.
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +35,40 @@ from sqlalchemy.sql.dml import Insert
 
 from apprentice.errors import MissingExtra, StoreError
 
-__all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database"]
+__all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database", "within"]
 
 _BUSY_TIMEOUT_S = 60.0
+_waiting = threading.local()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Let all that this thread waits for in a store (locks, connections, servers) end within ``seconds``, together.
+
+    Then it is a `StoreError`. Nested, the shorter one holds; without, each wait has `_BUSY_TIMEOUT_S`.
+    """
+    before: float | None = getattr(_waiting, "ends", None)
+    ends = time.monotonic() + seconds
+    _waiting.ends = ends if before is None else min(ends, before)
+    try:
+        yield
+    finally:
+        _waiting.ends = before
+
+
+def _patience_s() -> float:
+    """How long this thread may wait now."""
+    ends: float | None = getattr(_waiting, "ends", None)
+    return _BUSY_TIMEOUT_S if ends is None else min(max(ends - time.monotonic(), 0.0), _BUSY_TIMEOUT_S)
+
+
+def _stepped(wait_ms: float) -> int:
+    """A wait rounded down to one of a few lengths."""
+    whole = int(wait_ms)
+    step = 1 << max(whole.bit_length() - 4, 0)
+    return whole - whole % step
+
+
 # PostgreSQL allows 100 connections by default, and many processes share it.
 _MOST_CONNECTIONS = 8
 
@@ -174,7 +207,7 @@ class SqliteDatabase:
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[Transaction]:
         self._check_alive()
-        with self._writing:
+        with self._turn_to_write():
             try:
                 connection = self._writer(durable)
                 connection.execute("BEGIN IMMEDIATE")
@@ -189,10 +222,21 @@ class SqliteDatabase:
                 raise self._explained(error) from error
 
     @contextmanager
+    def _turn_to_write(self) -> Iterator[None]:
+        waits_s = _patience_s()
+        # Waiting for no time at all is no waiting, which acquire would refuse to call a time-out.
+        if not self._writing.acquire(timeout=waits_s):
+            raise StoreError(f"store {self._path}: another thread has been writing for more than {waits_s:.1f} s")
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+    @contextmanager
     def read(self) -> Iterator[Transaction]:
         self._check_alive()
         if self._in_memory:
-            with self._writing:
+            with self._turn_to_write():
                 try:
                     yield Transaction(self._writer(False), self._compiler, "sqlite")
                 except sqlite3.Error as error:
@@ -222,6 +266,12 @@ class SqliteDatabase:
         if self._write_connection is None:
             self._write_connection = self._connect("NORMAL")
             self._writes_durably = False
+            self._busy_ms = 1000 * int(_BUSY_TIMEOUT_S)
+        # In steps, so that it is rarely set anew: an eighth of itself is near enough to a deadline.
+        busy_ms = _stepped(1000 * _patience_s())
+        if busy_ms != self._busy_ms:
+            self._write_connection.execute(f"PRAGMA busy_timeout={busy_ms}")
+            self._busy_ms = busy_ms
         if durable is not self._writes_durably:
             self._write_connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             self._writes_durably = durable
@@ -261,7 +311,8 @@ class SqliteDatabase:
         remedy = "check that the folder exists, is writable and has room"
         if "locked" in text or "busy" in text:
             remedy = (
-                f"another process has held the write lock for {_BUSY_TIMEOUT_S:g} s; for many machines use PostgreSQL"
+                "another process has held the write lock for longer than this request may wait; for many machines use "
+                "PostgreSQL"
             )
         elif isinstance(error, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
             remedy = "the file is damaged or is no SQLite database; restore a copy, or name another file"
@@ -339,8 +390,9 @@ class PostgresDatabase:
             raise StoreError("the store is closed")
         if self._pid != os.getpid():
             self._begin_anew()  # after a fork the parent's sockets are the parent's
-        if not self._free.acquire(timeout=_BUSY_TIMEOUT_S):
-            raise StoreError(f"no connection to PostgreSQL became free within {_BUSY_TIMEOUT_S:g} s")
+        waits_s = _patience_s()
+        if not self._free.acquire(timeout=waits_s):
+            raise StoreError(f"no connection to PostgreSQL became free within {waits_s:.1f} s")
         try:
             return self._connected(how)
         except BaseException:
@@ -349,21 +401,29 @@ class PostgresDatabase:
 
     def _connected(self, how: str) -> Any:
         """An idle connection, where there is one that the server has not dropped, else a new one."""
+        waits_s = _patience_s()
+        if waits_s < _BUSY_TIMEOUT_S:
+            wait_ms = max(_stepped(1000 * waits_s), 1)  # 0 would mean for ever
+            how = f"{how}; SET LOCAL lock_timeout = {wait_ms}; SET LOCAL statement_timeout = {wait_ms}"
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 break
             try:
-                connection.execute(how)
+                connection.execute(how, prepare=False)
             except self._psycopg.Error:
                 connection.close()
             else:
                 return connection
         try:
-            connection = self._psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=2)
+            # libpq counts in whole seconds, and takes 1 for 2.
+            connect_s = max(math.ceil(waits_s), 2)
+            connection = self._psycopg.connect(
+                self._conninfo, autocommit=True, prepare_threshold=2, connect_timeout=connect_s
+            )
             connection.execute(f"SET lock_timeout = '{_BUSY_TIMEOUT_S:g}s'")
-            connection.execute(how)
+            connection.execute(how, prepare=False)
         except self._psycopg.Error as error:
             raise self._explained(error) from error
         return connection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from apprentice import AsyncApprentice
+from apprentice import AsyncApprentice, StoreError
+from apprentice.router import SNAPSHOT_S
+from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor, Fault
 from serving.app import create_app
 from tests.conftest import settings, truth
@@ -51,9 +54,47 @@ def test_a_task_is_answered_with_an_id_and_an_output(serve: Callable[..., TestCl
     assert response.json()["output"] == {"label": "fear"}
 
 
-def test_healthz_tells_the_phase_of_every_task(serve: Callable[..., TestClient]) -> None:
-    """A load balancer sees that the process is up; a person sees where each task stands."""
-    assert serve().get("/healthz").json() == {"ok": True, "tasks": {"mood": 1}}
+def test_healthz_tells_where_every_task_stands(serve: Callable[..., TestClient]) -> None:
+    """A load balancer sees that the process is up; a person sees what serves, and what should."""
+    client = serve()
+    mood = {"phase": 1, "champion": None, "serving": None}
+    assert client.get("/healthz").json() == {"ok": True, "tasks": {"mood": mood}, "store_away_s": None}
+    head = client.head("/healthz")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+def test_healthz_costs_the_same_however_much_is_recorded(
+    serve: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads one row a task: no ledger, no examples, no comparisons, no events."""
+    client = serve()
+    client.post("/v1/tasks/mood", json={"text": "a fear"})
+    allowed, used = {"policies"}, []
+    for name in [n for n in dir(Store) if not n.startswith("_") and n not in allowed]:
+        monkeypatch.setattr(Store, name, lambda *_, name=name, **__: used.append(name))
+    assert client.get("/healthz").json()["tasks"]["mood"]["phase"] == 1
+    assert used == []
+    monkeypatch.undo()
+
+
+def test_healthz_answers_while_the_store_is_away(
+    serve: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is up, and says for how long it has not reached its store."""
+    client = serve()
+
+    def away(self: Store) -> Any:
+        raise StoreError("the server is gone")
+
+    monkeypatch.setattr(Store, "policies", away)
+    time.sleep(SNAPSHOT_S)
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.json()["ok"]) == (200, True)
+    assert answer.json()["store_away_s"] >= SNAPSHOT_S
+    assert answer.json()["tasks"]["mood"]["phase"] == 1
+    monkeypatch.undo()
+    time.sleep(SNAPSHOT_S)
+    assert client.get("/healthz").json()["store_away_s"] is None
 
 
 @pytest.mark.parametrize(
@@ -63,6 +104,11 @@ def test_healthz_tells_the_phase_of_every_task(serve: Callable[..., TestClient])
         ("/v1/tasks/mood", b'{"text": 3}', 422, "InputError"),
         ("/v1/tasks/mood", b"[1]", 422, "InputError"),
         ("/v1/tasks/mood", b"not json", 400, "InputError"),
+        ("/v1/tasks/mood", b"\xff\xfe\xfd", 400, "InputError"),
+        ("/v1/tasks/mood", b'{"text": ' + b"[" * 300 + b"]" * 300 + b"}", 422, "InputError"),
+        ("/v1/tasks/mood", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "InputError"),
+        ("/v1/nothing", b"{}", 404, "HTTPError"),
+        ("/healthz", b"{}", 405, "HTTPError"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(
@@ -93,3 +139,27 @@ def test_a_failing_remote_is_a_gateway_error(
     response = serve(*faults).post("/v1/tasks/mood", json={"text": "x"})
     assert response.status_code == status
     assert "sk-test" not in json.dumps(response.json())
+
+
+def test_an_unforeseen_failure_has_the_same_shape(
+    serve: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its words, which may hold anything, stay in the log."""
+    client = serve()
+    monkeypatch.setattr(client, "_transport", _quiet(client))
+
+    async def broken(*_: Any) -> None:
+        raise ZeroDivisionError("secret words")
+
+    monkeypatch.setattr(AsyncApprentice, "run", broken)
+    response = client.post("/v1/tasks/mood", json={"text": "x"})
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "ZeroDivisionError"
+    assert "secret" not in response.text
+
+
+def _quiet(client: TestClient) -> Any:
+    """The client's transport, which returns a server's failure instead of raising it."""
+    transport = client._transport
+    transport.raise_server_exceptions = False
+    return transport
