@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from pydantic import (
 
 from apprentice.errors import ConfigError, Problem
 from apprentice.schema import Schema, SchemaError, parse_schema
+from apprentice.secrets import register, register_url, scrub
 
 __all__ = [
     "BudgetSettings",
@@ -42,6 +44,8 @@ __all__ = [
     "Thresholds",
     "TrainingSettings",
     "load_settings",
+    "read_key",
+    "require_key",
 ]
 
 
@@ -79,6 +83,10 @@ class _Section(BaseModel):
         arbitrary_types_allowed=True,
         ignored_types=(cached_property,),
     )
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, scrub(value) if isinstance(value, str) else value
 
 
 class Thresholds(_Section):
@@ -312,6 +320,15 @@ class Settings(_Section):
             raise ValueError(f"two tasks are named {doubles[0]!r}; give each its own name")
         return tasks
 
+    @model_validator(mode="after")
+    def _hide_secrets(self) -> Settings:
+        register_url(self.alerts.webhook, whole=True)
+        for url in (self.store, self.tracking.uri, self.tracking.artifacts, self.local.url):
+            register_url(url)
+        for provider in self.remote.providers:
+            register_url(provider.base_url)
+        return self
+
     def task(self, name: str) -> TaskSettings:
         """The task of that name. Raises `KeyError`."""
         return self._by_name[name]
@@ -444,13 +461,40 @@ def _known_keys(loc: list[Any]) -> list[str]:
 
 
 def require_key(provider: ProviderSettings, environ: Mapping[str, str] = os.environ) -> str:
-    """The API key that the provider's settings name. Raises `ConfigError` where the variable is not set."""
-    key = environ.get(provider.api_key_env, "") if provider.api_key_env else ""
-    if not key and provider.api_key_env:
-        problem = Problem(
-            "remote.api_key_env",
-            f"names {provider.api_key_env}, which is not set in the environment.",
-            f"Run: export {provider.api_key_env}=...",
-        )
-        raise ConfigError("environment", [problem])
-    return key
+    """The API key that the provider's settings name, "" if they name none; see `read_key`."""
+    return read_key(provider.api_key_env, environ, "remote.api_key_env") if provider.api_key_env else ""
+
+
+def read_key(variable: str, environ: Mapping[str, str], place: str) -> str:
+    """The key in an environment variable, without the white space around it; from now on no text shows it.
+
+    ``place`` names the key of apprentice.yaml that asks for it. Raises `ConfigError`, which never holds the value, if
+    the variable is not set or its value cannot be sent as a header.
+    """
+    value = environ.get(variable, "")
+    register(value)
+    key = value.strip()
+    if not key:
+        named = variable if _VARIABLE.fullmatch(variable) else "a variable"
+        # What does not look like a variable's name may be the key itself.
+        remedy = f"Run: export {named}=..." if named == variable else "Write the variable's name there, not the key."
+        problem = Problem(place, f"names {named}, which is not set in the environment.", remedy)
+    elif fault := _fault_of_key(key):
+        problem = Problem(place, f"names {variable}, whose value {fault}.", f"Set {variable} to the key alone.")
+    else:
+        return key
+    raise ConfigError("environment", [problem])
+
+
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+|[A-Z]{1,24}")
+
+
+def _fault_of_key(key: str) -> str:
+    """Why a key cannot be sent in a header; "" if it can. Says nothing of the key itself."""
+    if key[0] in "\"'`" or key[-1] in "\"'`":
+        return "has quotes round it"
+    if not key.isascii():
+        return "holds a character that is not ASCII, such as a typographic quote"
+    if any(c.isspace() for c in key):
+        return "has white space in it"
+    return "" if key.isprintable() else "holds a control character"

@@ -20,7 +20,8 @@
     ├── StoreError             the store cannot be opened, or was written by a newer Apprentice
     └── TrainingError          a training run cannot start or go on
 
-Messages say what went wrong, with which value, and what to do about it. None of them holds an API key.
+Messages say what went wrong, with which value, and what to do about it. None of them holds a secret: whatever text an
+error is made of is scrubbed (`apprentice.secrets`) when it is made.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime
 from decimal import Decimal
+
+from apprentice.secrets import scrub
 
 __all__ = [
     "ApprenticeError",
@@ -55,6 +58,9 @@ __all__ = [
 
 class ApprenticeError(Exception):
     """The root: catch it to catch everything Apprentice raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(scrub(argument) if isinstance(argument, str) else argument for argument in args))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,8 @@ class Workbench:
 
     @property
     def store(self) -> Any:
+        """The client's store, with every event in it that was emitted."""
+        self.client.parts.alerts.flush()
         return self.client.parts.store
 
     def counted(self) -> dict[str, int]:

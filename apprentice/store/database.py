@@ -34,6 +34,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import Insert
 
 from apprentice.errors import MissingExtra, StoreError
+from apprentice.store.records import EventRecord
 
 __all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database", "within"]
 
@@ -86,12 +87,14 @@ class Cursor(Protocol):
 class Transaction:
     """A running transaction: `run` executes Core statements, compiled at most once per database."""
 
-    __slots__ = ("_compiled", "_connection", "dialect_name")
+    __slots__ = ("_compiled", "_connection", "dialect_name", "events")
 
     def __init__(self, connection: Any, compiled: _Compiler, dialect_name: str) -> None:
         self._connection = connection
         self._compiled = compiled
         self.dialect_name = dialect_name
+        self.events: list[EventRecord] = []
+        """The events that this transaction added; `Store` tells them when it is committed."""
 
     def run(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Cursor:
         """Execute ``statement`` with its bound parameters by name. Insert statements take one value per column."""

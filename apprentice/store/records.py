@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
+from apprentice.events.kinds import Level
+
 __all__ = [
     "CapWindow",
     "ComparisonRecord",
@@ -35,7 +37,6 @@ __all__ = [
 NANO = Decimal(1_000_000_000)
 """Nano-dollars in a dollar; money is kept in whole ones."""
 
-type Level = Literal["info", "warning", "critical"]
 type RunState = Literal["running", "completed", "failed", "rejected"]
 type VersionStatus = Literal["candidate", "champion", "rejected", "retired"]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
 from apprentice.store import comparisons, counts, events, examples, ledger, runs, states, totals, versions
-from apprentice.store.database import Database, open_database
+from apprentice.store.database import Database, Transaction, open_database
 from apprentice.store.migrations import migrate
 from apprentice.store.records import (
     CapWindow,
@@ -52,6 +53,7 @@ class Store:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._database = database
         self._clock = clock
+        self._listener: Callable[[EventRecord], None] | None = None
 
     @classmethod
     def open(cls, url: str, *, clock: Callable[[], float] = time.time) -> Store:
@@ -80,11 +82,20 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self._database.url.render_as_string(hide_password=True)!r})"
 
+    @contextmanager
+    def _write(self, *, durable: bool = False) -> Iterator[Transaction]:
+        """A transaction that writes; the events it adds are told when they are committed, never before or without."""
+        with self._database.write(durable=durable) as tx:
+            yield tx
+        if self._listener is not None:
+            for event in tx.events:
+                self._listener(event)
+
     # state
 
     def ensure_tasks(self, names: Iterable[str]) -> None:
         """Make sure that these tasks have a state; a new one is in phase 1."""
-        with self._database.write() as tx:
+        with self._write() as tx:
             states.ensure(tx, names, self._clock())
 
     def policies(self) -> dict[str, PolicyRow]:
@@ -99,7 +110,7 @@ class Store:
 
     def update_state(self, task: str, change: Callable[[TaskState], StateChange]) -> TaskState:
         """Read, change and write a task's state in one transaction. ``change`` sees no other writer's half."""
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return states.update_state(tx, task, change, self._clock())
 
     # examples
@@ -120,7 +131,7 @@ class Store:
         ``next_call`` one more call like the last settlement's is held, where the caps leave ample room.
         """
         name = task or (example.task if example else None)
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             at = self._clock()
             # One order for everybody (state, windows, example, counts), so that no two of these can deadlock.
             state = None
@@ -137,7 +148,7 @@ class Store:
 
     def add_example(self, example: ExampleRecord) -> int:
         """Record an example that cost nothing (imported, replayed); returns its ``seq``."""
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return examples.add(tx, example)
 
     def examples(self, task: str, *, after: int | None = None, limit: int = 1000) -> Iterator[ExampleRecord]:
@@ -188,7 +199,7 @@ class Store:
 
     def add_counts(self, rows: Sequence[Count]) -> None:
         """Add to the counters; rows of one batch may repeat a counter."""
-        with self._database.write() as tx:
+        with self._write() as tx:
             counts.add(tx, rows)
 
     def counts(self, task: str | None = None, since: str | None = None) -> list[Count]:
@@ -200,12 +211,12 @@ class Store:
 
     def add_version(self, version: VersionRecord) -> None:
         """Record a version; one of the same task and name stays as it is."""
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             versions.add(tx, version)
 
     def set_version_status(self, task: str, name: str, status: VersionStatus, reason: str) -> None:
         """Change a version's status, and say why."""
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             versions.set_status(tx, task, name, status, reason)
 
     def versions(self, task: str) -> list[VersionRecord]:
@@ -222,7 +233,7 @@ class Store:
         """Make a version the champion: retire the old one, change the state, record the event, in one transaction."""
         at = self._clock()
         event = EventRecord(uuid.uuid4().hex, task, "promoted", "info", {"version": name, "reason": reason}, at)
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return versions.promote(tx, task, name, change, reason, event, at)
 
     # runs and leases
@@ -246,7 +257,7 @@ class Store:
             started_at=self._clock(),
             finished_at=None,
         )
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return runs.start(tx, run)
 
     def update_run(self, run_id: str, **changes: Any) -> RunRecord:
@@ -254,7 +265,7 @@ class Store:
 
         ``finished_at`` is set by itself when the state leaves "running".
         """
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return runs.update_run(tx, run_id, self._clock(), changes)
 
     def runs(self, task: str) -> list[RunRecord]:
@@ -269,25 +280,44 @@ class Store:
 
     def acquire_lease(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """Take a lease that is free, expired or one's own already; None while another holds it."""
-        with self._database.write() as tx:
+        with self._write() as tx:
             return runs.acquire(tx, name, owner, ttl_s, self._clock())
 
     def renew_lease(self, lease: Lease, ttl_s: float = 60.0) -> Lease | None:
         """Hold on to a lease; None when it was lost to another owner."""
-        with self._database.write() as tx:
+        with self._write() as tx:
             return runs.renew(tx, lease, ttl_s, self._clock())
 
     def release_lease(self, lease: Lease) -> None:
         """Give a lease back; nothing happens when it was lost already."""
-        with self._database.write() as tx:
+        with self._write() as tx:
             runs.release(tx, lease)
 
     # events
 
     def add_event(self, event: EventRecord) -> bool:
         """Record an event; False where one of that id is recorded already, and stays as it is."""
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return bool(events.add(tx, [event]))
+
+    def add_event_unless_recent(self, event: EventRecord, quiet_s: float) -> float | None:
+        """Record an event unless one about the same matter happened within ``quiet_s`` seconds, in any process.
+
+        Returns None if it was recorded, else the earlier one's time. Its id is MATTER:N, where N counts the windows of
+        ``quiet_s`` seconds since 1970. The listener does not hear of it.
+        """
+        with self._database.write(durable=True) as tx:
+            return events.add_unless_recent(tx, event, quiet_s)
+
+    def listen(self, listener: Callable[[EventRecord], None] | None) -> bool:
+        """Tell every event that this store commits to ``listener``, which must neither block nor raise.
+
+        A store has one listener: False if another is set already. None takes it away.
+        """
+        if listener is not None and self._listener is not None:
+            return False
+        self._listener = listener
+        return True
 
     def events(self, task: str | None = None, since_seq: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Events of a task, or all, after a ``seq``, the oldest first."""
@@ -323,7 +353,7 @@ class Store:
         The windows must be open (`open_windows`).
         """
         try:
-            with self._database.write() as tx:
+            with self._write() as tx:
                 reservation = ledger.reserve(
                     tx,
                     task=task,
@@ -344,12 +374,12 @@ class Store:
 
     def open_windows(self, windows: Sequence[CapWindow]) -> None:
         """Create the rows of windows that are new."""
-        with self._database.write() as tx:
+        with self._write() as tx:
             ledger.open_windows(tx, windows)
 
     def end_calls(self, settlements: Sequence[Settlement]) -> list[list[WindowState]]:
         """Record how calls ended that brought no answer; see `complete_remote` for those that did."""
-        with self._database.write(durable=True) as tx:
+        with self._write(durable=True) as tx:
             return ledger.end_calls(tx, settlements, self._clock())[0]
 
     def window_states(self, keys: Sequence[str]) -> dict[str, WindowState]:

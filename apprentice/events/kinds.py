@@ -1,0 +1,228 @@
+"""Every kind of event, how grave it is, what it means and what to do about it.
+
+The one list: docs/alerts.md is written from it, webhooks get its words, and nothing else can be emitted.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal, Self
+
+__all__ = ["LEVELS", "EventKind", "Level"]
+
+type Level = Literal["info", "warning", "critical"]
+
+LEVELS: tuple[Level, ...] = ("info", "warning", "critical")
+"""From the least to the most grave."""
+
+
+class EventKind(StrEnum):
+    """A kind of event: its name, with ``level``, ``meaning`` and ``remedy`` ("" if there is nothing to do).
+
+    ``all_clear`` marks the end of trouble: sinks get it as they got the trouble, whatever its level.
+    """
+
+    level: Level
+    meaning: str
+    remedy: str
+    all_clear: bool
+
+    def __new__(cls, name: str, level: Level, meaning: str, remedy: str = "", all_clear: bool = False) -> Self:
+        kind = str.__new__(cls, name)
+        kind._value_ = name
+        kind.level, kind.meaning, kind.remedy, kind.all_clear = level, meaning, remedy, all_clear
+        return kind
+
+    @classmethod
+    def named(cls, name: str) -> EventKind | None:
+        """The kind of that name, or None: a store may hold events of another release."""
+        return next((kind for kind in cls if kind.value == name), None)
+
+    # --- trust ---
+
+    PROMOTED = (
+        "promoted",
+        "info",
+        "A version of the local model became the champion.",
+    )
+    CHOSEN = (
+        "chosen",
+        "info",
+        "A version was made champion by hand, with the alias in MLflow or with `apprentice promote` or `rollback`.",
+    )
+    CERTIFIED = (
+        "certified",
+        "info",
+        "A share of the requests is certified for the local model for the first time, or a larger one is.",
+    )
+    PHASE = (
+        "phase",
+        "info",
+        "The task moved to another phase.",
+    )
+    RECOVERED = (
+        "recovered",
+        "info",
+        "The task is out of coaching or emergency: its agreement is certified again.",
+        "",
+        True,
+    )
+    COACHING = (
+        "coaching",
+        "warning",
+        "The local model's correlation fell below coaching_trigger: every request is checked and training is due.",
+        "Make sure that `apprentice coach` runs. Look at the newest disagreements for what has changed in the traffic.",
+    )
+    EMERGENCY = (
+        "emergency",
+        "critical",
+        "The local model's correlation fell below emergency_threshold: the remote answers everything again.",
+        "Callers get the remote's answers and cost rises until a retrained version passes. Look at the newest "
+        "disagreements; `apprentice rollback` brings an earlier version back.",
+    )
+    DRIFT = (
+        "drift",
+        "warning",
+        "The agreement on served requests has been falling slowly.",
+        "Spot checks rise and training is due by itself. Make sure that `apprentice coach` runs.",
+    )
+    SHIFT = (
+        "shift",
+        "warning",
+        "The agreement on served requests fell suddenly.",
+        "Spot checks rise and training is due by itself. Look for a change in the traffic or at the remote's vendor.",
+    )
+    UNUSUAL = (
+        "unusual",
+        "warning",
+        "Requests or local answers look unlike those that the local model was certified on; spot checks rise.",
+        "Nothing, if the traffic was meant to change: the checks decide. Else look for the cause of the named signs.",
+    )
+    UNSCORED = (
+        "unscored",
+        "warning",
+        "The evaluator failed on a comparison, which therefore teaches nothing.",
+        "Correct the evaluator that the error names; without scores the task cannot gain trust.",
+    )
+    COMPARISON_FAILED = (
+        "comparison_failed",
+        "warning",
+        "A request answered by both models could not be compared or recorded. The caller got an answer.",
+        "See the cause: an evaluator's error is for its author, a store's for whoever runs the database.",
+    )
+
+    # --- answering ---
+
+    REMOTE_UNAVAILABLE = (
+        "remote_unavailable",
+        "critical",
+        "The remote brought no answer to a request, with every retry and every provider.",
+        "See the cause. Check the vendor's status page, the key and the network; additional_providers are asked next.",
+    )
+    REMOTE_REFUSED = (
+        "remote_refused",
+        "critical",
+        "The vendor refused a request: the key, the model's name or the request itself is not accepted.",
+        "See the cause. The same request would be refused again: correct the key or the `remote` section.",
+    )
+    REMOTE_ANSWER_UNUSABLE = (
+        "remote_answer_unusable",
+        "warning",
+        "The remote answered, and its answer does not fit the output schema, even after a repair. It was paid for.",
+        "See which field; make instructions or output_schema clearer, or take a stronger model.",
+    )
+    LOCAL_UNAVAILABLE = (
+        "local_unavailable",
+        "warning",
+        "The local model did not answer a request, and the remote was asked instead.",
+        "See the cause. If it lasts, check the engine that serves the local model.",
+    )
+    ANSWERED_LOCALLY_DEGRADED = (
+        "answered_locally_degraded",
+        "warning",
+        "The remote was not available, so the local model answered a request that it is not trusted with.",
+        "Restore the remote. These answers are marked as degraded in the counts.",
+    )
+    ANSWERED_LOCALLY_BUDGET = (
+        "answered_locally_budget",
+        "warning",
+        "A cap is used up, so the local model answered a request that it is not trusted with.",
+        "Raise the cap in apprentice.yaml, or wait until it resets.",
+    )
+    ENGINE_UNAVAILABLE = (
+        "engine_unavailable",
+        "warning",
+        "The local model's engine failed several times in a row; the remote answers until its health check passes.",
+        "Look at the engine's own log and whether it still runs. It is tried again by itself.",
+    )
+    ENGINE_RECOVERED = (
+        "engine_recovered",
+        "info",
+        "The engine of the local model answers again.",
+        "",
+        True,
+    )
+    VERSION_REFUSED = (
+        "version_refused",
+        "warning",
+        "A promoted version cannot be served: its files are missing, damaged or of another base model.",
+        "Make the version's folder visible to this machine, or go back with `apprentice rollback`.",
+    )
+    VERSION_NOT_LOADED = (
+        "version_not_loaded",
+        "warning",
+        "A promoted version could not be loaded yet; what served before goes on, and it is tried again.",
+        "See the cause; often memory, or an engine that is not up.",
+    )
+
+    # --- money ---
+
+    BUDGET_WARNING = (
+        "budget_warning",
+        "warning",
+        "Spending crossed a mark of a cap.",
+        "Look at `apprentice report` for what spends it; raise the cap in apprentice.yaml if that is meant.",
+    )
+    BUDGET_EXHAUSTED = (
+        "budget_exhausted",
+        "critical",
+        "A cap leaves no room for another remote call: the local model answers alone, or callers get BudgetExceeded.",
+        "Raise the cap in apprentice.yaml, or wait until it resets.",
+    )
+
+    # --- training ---
+
+    TRAINING_FAILED = (
+        "training_failed",
+        "critical",
+        "A training run ended with an error, and is not tried again by itself.",
+        "Mend the cause in the evidence, then run `apprentice coach --now TASK`.",
+    )
+    UNREGISTERED_CHAMPION = (
+        "unregistered_champion",
+        "warning",
+        "The champion serves on, but MLflow has its version no longer.",
+        "Make another version champion: in MLflow, or with `apprentice promote`.",
+    )
+    UNKNOWN_CHAMPION = (
+        "unknown_champion",
+        "warning",
+        "The alias `champion` in MLflow is on a version that this store does not know; the old champion serves on.",
+        "Move the alias to a version of this store, or point `tracking` and `store` at the same installation.",
+    )
+
+    # --- the store ---
+
+    STORE_UNAVAILABLE = (
+        "store_unavailable",
+        "critical",
+        "The store could not be read or written.",
+        "See the cause: the database server, the disk, or the network between. Nothing can be learnt until it is back.",
+    )
+    STORE_REPLACED = (
+        "store_replaced",
+        "critical",
+        "The store's file was deleted or replaced while this process was using it.",
+        "Restart every process of this installation, so that all use the same file again. Caps held in the old file "
+        "and in the new one are counted apart until then.",
+    )
