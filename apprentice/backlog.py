@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apprentice.alerts import Alerts
+from apprentice.events.kinds import EventKind
 
 __all__ = ["Backlog"]
 
@@ -45,7 +46,7 @@ class Backlog:
         """Keep ``record``, which writes a paid answer down and may be called again after it has failed."""
         self._late.append(_Late(task, record, evidence))
         if len(self._late) > MOST:
-            self._lost(self._late.popleft())
+            self._tell([self._late.popleft()])
 
     def write(self) -> bool:
         """Try to write what is here; True where some of it has to wait on."""
@@ -64,8 +65,11 @@ class Backlog:
     def close(self) -> None:
         """Try a last time, and tell what is lost."""
         self.write()
-        while self._late:
-            self._lost(self._late.popleft())
+        lost = list(self._late)
+        self._late.clear()
+        if lost:
+            self._tell(lost)
 
-    def _lost(self, late: _Late) -> None:
-        self._alerts("answer_not_recorded", late.task, {**late.evidence, "kept": False}, "critical")
+    def _tell(self, lost: list[_Late]) -> None:
+        evidence = {"answers": len(lost), "newest": [late.evidence for late in lost[-20:]]}
+        self._alerts.emit(EventKind.RECORD_LOST, lost[-1].task, evidence, about=str(len(lost)))

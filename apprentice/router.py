@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from apprentice.alerts import Alerts
 from apprentice.backlog import Backlog
@@ -37,6 +37,7 @@ from apprentice.errors import (
     Unavailable,
     UnknownTask,
 )
+from apprentice.events.kinds import EventKind
 from apprentice.judge import Judge
 from apprentice.local.engine import LocalAnswer
 from apprentice.local.switch import Switch
@@ -79,13 +80,13 @@ _REMOTE_OUTCOMES = {
 }
 
 # What an operator hears where the remote brought no answer, by what it raised instead.
-_ALERTS: tuple[tuple[type[Exception], str, Literal["warning", "critical"]], ...] = (
-    (BudgetExceeded, "budget_exhausted", "critical"),
-    (StoreError, "store_unavailable", "critical"),
-    (OutputError, "remote_answer_invalid", "warning"),
-    (RemoteRefused, "remote_refused", "critical"),
-    (RemoteUnavailable, "remote_unavailable", "critical"),
-    (Exception, "remote_failed", "critical"),
+_ALERTS: tuple[tuple[type[Exception], EventKind], ...] = (
+    (BudgetExceeded, EventKind.BUDGET_EXHAUSTED),
+    (StoreError, EventKind.STORE_UNAVAILABLE),
+    (OutputError, EventKind.REMOTE_ANSWER_UNUSABLE),
+    (RemoteRefused, EventKind.REMOTE_REFUSED),
+    (RemoteUnavailable, EventKind.REMOTE_UNAVAILABLE),
+    (Exception, EventKind.REMOTE_FAILED),
 )
 
 
@@ -265,13 +266,11 @@ class Router:
             self._snapshot.refresh()
         except Exception as error:  # noqa: BLE001  # whatever it is: the store did not say what the policy is
             if before is None:
-                with within(_LEAST_S):
-                    self._alerts(
-                        "store_unavailable", None, {"cause": str(error), "goes_on_s": STORE_GRACE_S}, "critical"
-                    )
+                evidence = {"cause": str(error), "goes_on_s": STORE_GRACE_S}
+                self._alerts.emit(EventKind.STORE_UNAVAILABLE, None, evidence)
         else:
             if before is not None and self._snapshot.away is None:
-                self._alerts("store_recovered", None, {}, "info")
+                self._alerts.emit(EventKind.STORE_RECOVERED)
         return self._snapshot.away
 
     def _affordable(self, task: TaskSettings) -> bool:
@@ -345,8 +344,7 @@ class Router:
         }
         self._backlog.add(request.task.name, record, evidence)
         self._tally.wake()
-        with within(_LEAST_S):
-            self._alerts("record_delayed", request.task.name, evidence, "critical")
+        self._alerts.emit(EventKind.RECORD_DELAYED, request.task.name, evidence)
 
     def _ask_local(self, request: _Request) -> LocalAnswer:
         deadline_s = self._settings.local.deadline_s
@@ -371,7 +369,7 @@ class Router:
                 with within(request.left_s()):
                     self._judge.flush(task)
         except Exception as error:  # noqa: BLE001  # what is only watched must not cost the caller the answer
-            self._tell(request, "watch_failed", error)
+            self._tell(request, EventKind.WATCH_FAILED, error)
 
     # ---------------------------------------------------------------- after
 
@@ -381,7 +379,7 @@ class Router:
         """Settle on the answer when the remote was asked, alone or beside the local model."""
         if local is not None and local.error is not None:
             self._tally.add(request.task.name, request.champion, "local_failed", self._age_s(request))
-            self._tell(request, "local_unavailable", local.error)
+            self._tell(request, EventKind.LOCAL_UNAVAILABLE, local.error)
         if remote.value is not None:
             outcome = "remote"
             if local is not None and local.value is not None:
@@ -392,18 +390,18 @@ class Router:
         assert remote.error is not None
         if not isinstance(remote.error, ApprenticeError):
             _log.error("asking the remote for task %s failed unforeseen", request.task.name, exc_info=remote.error)
-        kind, level = next((kind, level) for of, kind, level in _ALERTS if isinstance(remote.error, of))
-        self._tell(request, kind, remote.error, level)
+        kind = next(kind for of, kind in _ALERTS if isinstance(remote.error, of))
+        self._tell(request, kind, remote.error)
         if local is not None and local.value is not None:
-            return self._serve(request, local.value, "budget" if kind == "budget_exhausted" else "degraded")
+            return self._serve(request, local.value, "budget" if kind is EventKind.BUDGET_EXHAUSTED else "degraded")
         self._tally.add(request.task.name, request.champion, "failed", self._age_s(request))
         raise _final_error(request.task.name, remote.error, local.error if local else None)
 
     def _serve(self, request: _Request, answer: LocalAnswer, outcome: str) -> Result:
         """Return the local model's answer; ``outcome`` is what the record says of it."""
         if outcome != "local":
-            with within(request.left_s()):
-                self._alerts(f"answered_locally_{outcome}", request.task.name, {"request": request.id})
+            kind = EventKind.ANSWERED_LOCALLY_BUDGET if outcome == "budget" else EventKind.ANSWERED_LOCALLY_DEGRADED
+            self._alerts.emit(kind, request.task.name, {"request": request.id})
         self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
         return Result(request.id, answer.output)
 
@@ -423,18 +421,15 @@ class Router:
                     at=self._clock(),
                 )
         except Exception as error:  # noqa: BLE001  # see the docstring
-            self._tell(request, "comparison_failed", error)
+            self._tell(request, EventKind.COMPARISON_FAILED, error)
         self._snapshot.forget()
 
-    def _tell(
-        self, request: _Request, kind: str, error: Exception, level: Literal["warning", "critical"] = "warning"
-    ) -> None:
+    def _tell(self, request: _Request, kind: EventKind, error: Exception) -> None:
         """Alert somebody of what went wrong with a request; a store that is away is told of as just that."""
-        evidence = {"request": request.id, "cause": str(error) or type(error).__name__}
         if isinstance(error, StoreError):
-            kind, level = "store_unavailable", "critical"
-        with within(request.left_s()):
-            self._alerts(kind, request.task.name, evidence, level)
+            kind = EventKind.STORE_UNAVAILABLE
+        evidence = {"request": request.id, "cause": str(error) or type(error).__name__}
+        self._alerts.emit(kind, request.task.name, evidence)
 
     def _age_s(self, request: _Request) -> float:
         return self._clock() - request.at

@@ -111,6 +111,13 @@ class EventKind(StrEnum):
         "See the cause: an evaluator's error is for its author, a store's for whoever runs the database.",
     )
 
+    WATCH_FAILED = (
+        "watch_failed",
+        "warning",
+        "The watch over unusual requests could not see what the local model answered. The caller got an answer.",
+        "See the cause. If it lasts, a change in the traffic is found by spot checks alone.",
+    )
+
     # --- answering ---
 
     REMOTE_UNAVAILABLE = (
@@ -130,6 +137,12 @@ class EventKind(StrEnum):
         "warning",
         "The remote answered, and its answer does not fit the output schema, even after a repair. It was paid for.",
         "See which field; make instructions or output_schema clearer, or take a stronger model.",
+    )
+    REMOTE_FAILED = (
+        "remote_failed",
+        "critical",
+        "Asking the remote failed in a way that Apprentice did not foresee; the local model answered, if it could.",
+        "The log has the traceback; please report it.",
     )
     LOCAL_UNAVAILABLE = (
         "local_unavailable",
@@ -218,6 +231,25 @@ class EventKind(StrEnum):
         "critical",
         "The store could not be read or written.",
         "See the cause: the database server, the disk, or the network between. Nothing can be learnt until it is back.",
+    )
+    STORE_RECOVERED = (
+        "store_recovered",
+        "info",
+        "The store is there again.",
+        "",
+        True,
+    )
+    RECORD_DELAYED = (
+        "record_delayed",
+        "critical",
+        "A paid answer could not be recorded in time. Its caller has it; it is kept in memory and recorded later.",
+        "See the cause and mend the store. Do not stop this process before: what it keeps would be lost.",
+    )
+    RECORD_LOST = (
+        "record_lost",
+        "critical",
+        "Paid answers could not be recorded before their process ended. Their callers have them; they are no examples.",
+        "Mend the store. The calls stay counted at their worst case; the evidence names requests and costs.",
     )
     STORE_REPLACED = (
         "store_replaced",
