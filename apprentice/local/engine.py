@@ -69,10 +69,17 @@ class Engine(Protocol):
     """What runs the local model. Safe to call from many threads at once."""
 
     def load(self, version: Version) -> None:
-        """Make a version ready to answer. Idempotent. Raises `VersionError`, `EngineUnavailable`."""
+        """Make a version ready to answer, again if what held it has died. Idempotent.
+
+        Raises `VersionError`, `EngineUnavailable`, `ConfigError`.
+        """
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
-        """Answer one input. Raises `EngineUnavailable` (down, or past the deadline), `OutputError`, `VersionError`."""
+        """Answer one input.
+
+        Raises `EngineUnavailable` (down, or past the deadline), `VersionError` (it does not hold the version, or no
+        longer: `load` it again), `OutputError` (this input is too long, or its answer does not fit), `EngineRefused`.
+        """
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
         """Answer many inputs, as fast as the engine can; an input that fails has its exception in its place."""

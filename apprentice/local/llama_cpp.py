@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.gguf_file import GgufHeader, read_gguf_header, write_lora
 from apprentice.local.grammar import gbnf
-from apprentice.local.served import Framed, Written, answer_by, ask_all, post
+from apprentice.local.served import Framed, Pieces, Written, answer_by, ask_all, post
 from apprentice.local.skeleton import Free
 
 __all__ = ["LlamaCppEngine"]
@@ -59,15 +58,19 @@ class _Completer:
         self._client = client
         self._loras = list(loras)
         self._task = task
-        self.encode = lru_cache(maxsize=4096)(self.encode_input)
+        self.pieces = Pieces(self.encode)
 
-    def encode_input(self, text: str) -> tuple[int, ...]:
-        return self.tokens(text, special=False)
+    def encode(self, text: str, ends_at: float) -> tuple[int, ...]:
+        """Tokenise; the text of a special token means its letters."""
+        return self._tokens(text, ends_at, special=False)
 
-    def tokens(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """Tokenise; ``special``: whether the text of a special token means the token."""
+    def frame(self, text: str) -> tuple[int, ...]:
+        """Tokenise; the text of a special token means the token."""
+        return self._tokens(text, time.monotonic() + _CALM_S, special=True)
+
+    def _tokens(self, text: str, ends_at: float, *, special: bool) -> tuple[int, ...]:
         body = {"content": text, "add_special": False, "parse_special": special}
-        return tuple(self._post("/tokenize", body, time.monotonic() + _CALM_S)["tokens"]) if text else ()
+        return tuple(self._post("/tokenize", body, ends_at)["tokens"]) if text else ()
 
     def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
         """Every other token is pushed out of reach; what is left is normalised over the ones that are asked for."""
@@ -133,17 +136,17 @@ class LlamaCppEngine:
     ) -> None:
         self._base_model = base_model
         self._root = root
-        self._url = url
+        self._url = url.rstrip("/") if url else None
         self._max_new_tokens = max_new_tokens
         self._threads = threads
         self._versions: Drained[_Served] = Drained("llama.cpp")
         self._loading = threading.Lock()
 
     def load(self, version: Version) -> None:
-        """Bring up a server for the version, or find it in the one that runs."""
+        """Bring up a server for the version, or find it in the one that runs. One that died or hangs is replaced."""
         with self._loading:
             served = self._versions.get(version.name)
-            if served is not None and _is_well(served.client):
+            if served is not None and _is_well(served):
                 return
             base = self._base()
             header = read_gguf_header(_gguf(base))
@@ -162,7 +165,12 @@ class LlamaCppEngine:
         """Answer one input."""
         ends_at = time.monotonic() + deadline_s
         with self._versions.using(version) as served:
-            return answer_by(served.completer, served.framed, value, self._max_new_tokens, ends_at)
+            try:
+                return answer_by(served.completer, served.framed, value, self._max_new_tokens, ends_at)
+            except EngineUnavailable as error:
+                if _has_ended(served):
+                    raise VersionError(f"the llama.cpp server of version {version} has ended: load it again") from error
+                raise
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
         """As many at once as the server has slots."""
@@ -181,12 +189,10 @@ class LlamaCppEngine:
         if self._versions.closed:
             return Health(False, "closed")
         if self._url:
-            with httpx.Client(base_url=self._url) as client:
-                return (
-                    Health(True) if _is_well(client) else Health(False, f"no llama.cpp server answers at {self._url}")
-                )
-        ill = [name for name, served in self._versions.all().items() if not _is_well(served.client)]
-        return Health(not ill, f"the server of version {ill[0]} does not answer" if ill else "")
+            well = _answers(self._url, own=False)
+            return Health(well, "" if well else f"no llama.cpp server answers at {self._url}")
+        ill = [name for name, served in self._versions.all().items() if not _is_well(served)]
+        return Health(not ill, f"the server of version {ill[0]} does not answer; loading it again" if ill else "")
 
     def close(self) -> None:
         """Stop every server that was started here."""
@@ -236,7 +242,7 @@ class LlamaCppEngine:
         client = _client(address, key)
         loras = [{"id": 0, "scale": 1.0}] if lora is not None else []
         completer = _Completer(client, loras, version.task)
-        framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
+        framed = Framed.of(version, frame, completer.frame)
         return _Served(framed, completer, client, lora.stat().st_size if lora else 0, process)
 
     def _find(self, version: Version, frame: Frame, lora: Path | None) -> _Served:
@@ -256,7 +262,7 @@ class LlamaCppEngine:
         # Every other adapter is switched off in each request.
         loras = [{"id": row["id"], "scale": 1.0 if row["id"] in mine[:1] else 0.0} for row in there]
         completer = _Completer(client, loras, version.task)
-        framed = Framed.of(version, frame, lambda text: completer.tokens(text, special=True))
+        framed = Framed.of(version, frame, completer.frame)
         return _Served(framed, completer, client, lora.stat().st_size if lora else 0)
 
 
@@ -276,14 +282,25 @@ def _client(url: str, key: str | None = None) -> httpx.Client:
         base_url=url,
         headers={"authorization": f"Bearer {key}"} if key else {},
         limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
+        trust_env=key is None,  # a proxy from the environment does not reach this machine's loopback
     )
 
 
-def _is_well(client: httpx.Client) -> bool:
+def _answers(url: str, *, own: bool) -> bool:
+    """Asked over a connection of its own: the client's may all be waiting for a server that hangs."""
     try:
-        return client.get("/health", timeout=5.0).status_code == 200
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=not own).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def _has_ended(served: _Served) -> bool:
+    return served.process is not None and served.process.poll() is not None
+
+
+def _is_well(served: _Served) -> bool:
+    url = str(served.client.base_url).rstrip("/")
+    return not _has_ended(served) and _answers(url, own=served.process is not None)
 
 
 def _start(wanted: Mapping[str, Any], version: str) -> tuple[subprocess.Popen[str], str]:

@@ -33,7 +33,7 @@ from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Free, Skeleton
 from apprentice.prompts import compact_prompt
 
-__all__ = ["Completer", "Courtesy", "Framed", "Written", "answer_by", "ask_all", "post", "refusal"]
+__all__ = ["Completer", "Courtesy", "Framed", "Pieces", "Written", "answer_by", "ask_all", "post", "refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,32 @@ class Written:
     probability: float
 
 
+class Pieces:
+    """Remembers the tokens of texts that come again and again: the skeleton's pieces, never what a user wrote."""
+
+    def __init__(self, encode: Callable[[str, float], Sequence[int]], most: int = 4096) -> None:
+        self._encode = encode
+        self._most = most
+        self._known: dict[str, Sequence[int]] = {}
+
+    def __call__(self, text: str, ends_at: float) -> Sequence[int]:
+        """The text's tokens. Raises what the encoder raises."""
+        known = self._known.get(text)
+        if known is None:
+            known = self._encode(text, ends_at)
+            if len(self._known) < self._most:
+                self._known[text] = known
+        return known
+
+
 class Completer(Protocol):
     """What a server can do with a row of tokens, in time. Raises `EngineUnavailable`, `OutputError`."""
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Tokenise a piece of the skeleton, without special tokens. There are few of them: remember the tokens."""
+    pieces: Pieces
+    """The tokens of the skeleton's pieces, without special tokens."""
 
-    def encode_input(self, text: str) -> Sequence[int]:
-        """Tokenise a request's text, without special tokens. It is the user's: do not keep it."""
+    def encode(self, text: str, ends_at: float) -> Sequence[int]:
+        """Tokenise a request's text, without special tokens. It is the user's: it is not kept."""
 
     def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
         """The logits, up to a constant, of some next tokens."""
@@ -78,9 +96,9 @@ class Framed:
 
 def answer_by(server: Completer, framed: Framed, value: Mapping[str, Any], most: int, ends_at: float) -> LocalAnswer:
     """Answer one input. ``ends_at`` is on the monotonic clock. Raises `EngineUnavailable`, `OutputError`."""
-    tokens = [*framed.prefix, *server.encode_input(compact_prompt(value)), *framed.suffix]
+    tokens = [*framed.prefix, *server.encode(compact_prompt(value), ends_at), *framed.suffix]
     prompt_tokens = len(tokens)
-    decoding = Decoding(framed.version.task, framed.skeleton, server.encode, (), most)
+    decoding = Decoding(framed.version.task, framed.skeleton, lambda text: server.pieces(text, ends_at), (), most)
     tokens += decoding.pending
     while not decoding.done:
         if decoding.only is not None:

@@ -2,13 +2,17 @@
 
 A switch loads the new version beside the old one, proves it (`probe`), lets new requests go to it, waits until the
 old one's are out, and unloads that. Whatever fails on the way leaves the old version serving and raises an alert. No
-version yet is a state, not an error. In front of the engine stands a circuit breaker: after a few failures in a row
-it is left alone, looked after in the background, and given its versions again when it is back, since a restarted
-server has forgotten them.
+version yet is a state, not an error.
+
+Each task has a circuit breaker and a bound. After a few failures in a row, or when the engine turns out to have lost
+the version, requests are refused at once while a thread loads it again and has it answer: a server that died is
+replaced, one that was restarted gets its adapter back. And only so many answers of a task are in flight at once: an
+engine that hangs holds up these, and no thread more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -16,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from apprentice.errors import EngineUnavailable, VersionError
+from apprentice.errors import EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import check_parity, read_probes
 
@@ -24,6 +28,8 @@ __all__ = ["Alert", "Switch"]
 
 _log = logging.getLogger(__name__)
 _FAILURES_TO_OPEN = 4
+_MOST_IN_FLIGHT = 64
+_PARTING_S = 10.0
 _FIRST_RETRY_S = 2.0
 _LAST_RETRY_S = 60.0
 
@@ -37,17 +43,29 @@ class Alert(Protocol):
 
 @dataclass(eq=False)
 class _Line:
-    """One task's versions: the one wanted, the one serving, and how bringing it in goes."""
+    """One task's versions: the one wanted, the one serving, how bringing it in goes, and how it answers.
+
+    ``failures`` and ``retry_at`` are of loading what is wanted; ``failed_in_a_row`` and ``recovering`` of what serves;
+    ``answered`` is an input that was answered well.
+    """
 
     wanted: str | None = None
     serving: str | None = None
     moving: threading.Thread | None = None
     failures: int = 0
     retry_at: float = 0.0
+    in_flight: int = 0
+    failed_in_a_row: int = 0
+    answered: Mapping[str, Any] | None = None
+    recovering: threading.Thread | None = None
 
 
 class Switch:
-    """Moves tasks between versions of one engine. ``clock`` is in seconds and only compared with itself."""
+    """Moves tasks between versions of one engine.
+
+    ``clock`` is in seconds and only compared with itself. ``recheck_s`` is the first wait of a recovery, which doubles;
+    ``most_in_flight`` bounds the answers of one task that are under way at once.
+    """
 
     def __init__(
         self,
@@ -57,17 +75,17 @@ class Switch:
         clock: Callable[[], float] = time.monotonic,
         alert: Alert,
         recheck_s: float = 1.0,
+        most_in_flight: int = _MOST_IN_FLIGHT,
     ) -> None:
         self._engine = engine
         self._lookup = lookup
         self._clock = clock
         self._alert = alert
         self._recheck_s = recheck_s
+        self._most_in_flight = most_in_flight
         self._lines: dict[str, _Line] = {}
         self._changed = threading.Condition()
         self._closed = threading.Event()
-        self._failures = 0
-        self._nurse: threading.Thread | None = None
 
     def follow(self, task: str, champion: str | None) -> None:
         """Make ``champion`` the version that serves. Returns at once; a version that failed is tried again later."""
@@ -87,18 +105,33 @@ class Switch:
             line.moving.start()
 
     def answer(self, task: str, value: Mapping[str, Any], deadline_s: float) -> LocalAnswer:
-        """Answer with the version that serves. Raises `EngineUnavailable` (none ready, breaker open), `OutputError`."""
-        if self._nurse is not None:
-            raise EngineUnavailable("the local engine has failed repeatedly and is left alone until it is well again")
-        version = self.serving(task)
-        if version is None:
+        """Answer with the version that serves. Raises `LocalError`, `OutputError`.
+
+        `EngineUnavailable` at once, without asking the engine, if no version is ready, the breaker is open, or too many
+        answers are in flight.
+        """
+        line = self._lines.get(task)
+        version = line.serving if line is not None else None
+        if line is None or version is None:
             raise EngineUnavailable(f"no version of task {task!r} is ready")
+        with self._changed:
+            if line.recovering is not None:
+                raise EngineUnavailable(f"version {version} is unavailable until it has been loaded again and answers")
+            if line.in_flight >= self._most_in_flight:
+                raise EngineUnavailable(f"the local model is busy: {line.in_flight} answers of {task!r} are in flight")
+            line.in_flight += 1
         try:
             answer = self._ask(task, version, value, deadline_s)
         except EngineUnavailable as error:
-            self._failed(error)
+            self._failed(task, line, error, deadline_s, lost=False)
             raise
-        self._failures = 0
+        except VersionError as error:
+            self._failed(task, line, error, deadline_s, lost=True)
+            raise
+        finally:
+            with self._changed:
+                line.in_flight -= 1
+        line.failed_in_a_row, line.answered = 0, value
         return answer
 
     def _ask(self, task: str, version: str, value: Mapping[str, Any], deadline_s: float) -> LocalAnswer:
@@ -120,7 +153,8 @@ class Switch:
 
     def healthy(self, task: str) -> bool:
         """Whether a version is ready and the breaker is closed."""
-        return self._nurse is None and self.serving(task) is not None
+        line = self._lines.get(task)
+        return line is not None and line.serving is not None and line.recovering is None
 
     def wait_until_serving(self, task: str, name: str, timeout_s: float) -> bool:
         """Wait for a version that `follow` was told of. False when it failed, was replaced, or took longer."""
@@ -132,13 +166,17 @@ class Switch:
             return line.serving == name
 
     def close(self) -> None:
-        """Stop moving and nursing. The engine stays as it is: whoever opened it closes it."""
+        """Stop moving and recovering. The engine stays as it is: whoever opened it closes it.
+
+        A load that takes longer than a few seconds is not waited for: it ends when the engine is closed.
+        """
         self._closed.set()
         with self._changed:
-            threads = [line.moving for line in self._lines.values()] + [self._nurse]
+            threads = [thread for line in self._lines.values() for thread in (line.moving, line.recovering)]
+        ends = time.monotonic() + _PARTING_S
         for thread in threads:
             if thread is not None:
-                thread.join()
+                thread.join(max(0.0, ends - time.monotonic()))
 
     # --- moving ---------------------------------------------------------------------------------------------------
 
@@ -192,33 +230,47 @@ class Switch:
 
     # --- the breaker ----------------------------------------------------------------------------------------------
 
-    def _failed(self, error: EngineUnavailable) -> None:
+    def _failed(self, task: str, line: _Line, error: Exception, deadline_s: float, *, lost: bool) -> None:
+        """Count a failure; open the breaker after a few in a row, or at once if the engine has ``lost`` the version."""
         with self._changed:
-            self._failures += 1
-            if self._failures < _FAILURES_TO_OPEN or self._nurse is not None or self._closed.is_set():
+            line.failed_in_a_row += 1
+            failed = line.failed_in_a_row
+            if line.recovering is not None or line.serving is None or self._closed.is_set():
                 return
-            self._nurse = threading.Thread(target=self._look_after, name="apprentice-engine-nurse", daemon=True)
-            self._nurse.start()
-        self._alert("engine_unavailable", None, {"error": str(error), "failures_in_a_row": self._failures})
+            if failed < _FAILURES_TO_OPEN and not lost:
+                return
+            evidence = {"version": line.serving, "error": str(error), "failures_in_a_row": failed}
+            line.recovering = threading.Thread(
+                target=self._recover, args=(task, line, deadline_s, evidence), name=f"apprentice-recover-{task}"
+            )
+            line.recovering.daemon = True
+            line.recovering.start()
 
-    def _look_after(self) -> None:
-        """Wait until the engine is well and holds every version that serves; then close the breaker."""
+    def _recover(self, task: str, line: _Line, deadline_s: float, evidence: dict[str, Any]) -> None:
+        """Load what serves again, until it answers; then close the breaker."""
+        self._alert("engine_unavailable", task, evidence)
         delay_s = self._recheck_s
         while not self._closed.wait(delay_s):
             try:
-                well = self._engine.health().ok
-                if well:
-                    for task, line in list(self._lines.items()):
-                        if line.serving is not None:
-                            self._engine.load(self._lookup(task, line.serving))
-            except Exception:  # noqa: BLE001  # not well yet
-                _log.info("the local engine is not well yet", exc_info=True)
-                well = False
-            if well:
+                self._try_again(task, line, deadline_s)
                 break
+            except Exception:  # noqa: BLE001  # whatever it is, it is not well yet
+                _log.info("the local model of task %s has not recovered yet", task, exc_info=True)
             delay_s = min(_LAST_RETRY_S, delay_s * 2)
         with self._changed:
-            self._failures = 0
-            self._nurse = None
+            line.failed_in_a_row = 0
+            line.recovering = None
         if not self._closed.is_set():
-            self._alert("engine_recovered", None, {})
+            self._alert("engine_recovered", task, {"version": line.serving})
+
+    def _try_again(self, task: str, line: _Line, deadline_s: float) -> None:
+        name = line.serving
+        if name is None:  # it was withdrawn meanwhile: there is nothing to recover
+            return
+        version = self._lookup(task, name)
+        self._engine.load(version)
+        # The engine may say that it is well and hang all the same. It is asked what it has answered before: the
+        # request that failed may be what brings it down. A vendor's answer would cost money.
+        if line.answered is not None and version.remote_model is None:
+            with contextlib.suppress(OutputError):
+                self._engine.answer(name, line.answered, deadline_s=deadline_s)

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from apprentice.local.drained import Drained
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.grammar import gbnf
-from apprentice.local.served import Courtesy, Framed, Written, answer_by, post
+from apprentice.local.served import Courtesy, Framed, Pieces, Written, answer_by, post
 from apprentice.local.skeleton import Free
 
 __all__ = ["VllmEngine"]
@@ -45,18 +44,22 @@ class _Completer:
         self._client = client
         self._model = model
         self._task = task
-        self.encode = lru_cache(maxsize=4096)(self.encode_input)
+        self.pieces = Pieces(self.encode)
 
-    def encode_input(self, text: str) -> tuple[int, ...]:
-        # The server takes the text of a special token for the token. Cut in two, it is letters again.
-        return tuple(token for part in _OPENERS.split(text) if part for token in self.tokens(part))
+    def encode(self, text: str, ends_at: float) -> tuple[int, ...]:
+        """Tokenise; the text of a special token means its letters."""
+        # The server takes it for the token. Cut in two, it is letters again.
+        return tuple(token for part in _OPENERS.split(text) for token in self._tokens(part, ends_at))
 
-    def tokens(self, text: str) -> tuple[int, ...]:
+    def frame(self, text: str) -> tuple[int, ...]:
         """Tokenise; the text of a special token means the token."""
+        return self._tokens(text, time.monotonic() + _CALM_S)
+
+    def _tokens(self, text: str, ends_at: float) -> tuple[int, ...]:
         if not text:
             return ()
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-        return tuple(self._post("/tokenize", body, time.monotonic() + _CALM_S)["tokens"])
+        return tuple(self._post("/tokenize", body, ends_at)["tokens"])
 
     def scores(self, tokens: Sequence[int], only: Sequence[int], ends_at: float) -> list[float]:
         """The server decides among the allowed tokens and names the likeliest of all.
@@ -148,7 +151,7 @@ class VllmEngine:
             if model not in models:
                 self._load_adapter(version)
         completer = _Completer(self._client, model, version.task)
-        self._versions.put(version.name, _Loaded(Framed.of(version, frame, completer.tokens), completer))
+        self._versions.put(version.name, _Loaded(Framed.of(version, frame, completer.frame), completer))
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
         """Answer one input."""

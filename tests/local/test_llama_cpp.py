@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
+from apprentice.errors import ConfigError, LocalError, OutputError, VersionError
 from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.gguf_file import read_gguf_header
@@ -97,24 +103,83 @@ def test_a_corrupt_gguf_never_reaches_llama_cpp(tiny_folder: Path, tmp_path: Pat
         engine.close()
 
 
-def test_a_server_that_dies_is_brought_up_again(engine: LlamaCppEngine, train: Train) -> None:
-    """Its crash is not the application's: it is unavailable, its health says so, and loading it again heals it."""
+def test_a_server_that_dies_says_so_and_loading_it_again_heals_it(engine: LlamaCppEngine, train: Train) -> None:
+    """Its crash is not the application's."""
     version = train("emotion", EMOTION, EMOTIONS)
     engine.load(version)
     value, output = EMOTIONS[0]
     assert engine.answer(version.name, value, deadline_s=30).output == output
-    served = engine._versions.get(version.name)
-    assert served is not None
-    process = served.process
-    assert process is not None
+    process = process_of(engine, version)
     process.kill()
     process.wait()
-    with pytest.raises(EngineUnavailable, match="does not answer"):
+    with pytest.raises(VersionError, match="has ended"):
         engine.answer(version.name, value, deadline_s=5)
     assert not engine.health().ok
     engine.load(version)
     assert engine.health().ok
     assert engine.answer(version.name, value, deadline_s=30).output == output
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_freezes_is_replaced_by_itself(tiny_folder: Path, train: Train, blow: int) -> None:
+    """Nobody loads anything by hand: requests fail for a while, then the same version answers again."""
+    version = train("emotion", EMOTION, EMOTIONS)
+    engine = LlamaCppEngine(str(tiny_folder), Path(), threads=1)
+    alerts: list[str] = []
+    switch = Switch(
+        engine, lambda task, name: version, alert=lambda kind, task, evidence: alerts.append(kind), recheck_s=0.05
+    )
+    switch.follow("emotion", version.name)
+    assert switch.wait_until_serving("emotion", version.name, 60)
+    value, output = EMOTIONS[0]
+    assert switch.answer("emotion", value, 30).output == output
+    first = process_of(engine, version)
+    os.kill(first.pid, blow)
+    ends = time.monotonic() + 60
+    while switch.healthy("emotion"):
+        assert time.monotonic() < ends
+        with contextlib.suppress(LocalError):
+            switch.answer("emotion", value, 0.3)
+    while not switch.healthy("emotion"):
+        assert time.monotonic() < ends, "it was not replaced"
+        time.sleep(0.05)
+    assert switch.answer("emotion", value, 30).output == output
+    assert process_of(engine, version).pid != first.pid
+    assert first.wait(10) is not None, "the old server is still there"
+    assert alerts == ["engine_unavailable", "engine_recovered"]
+    switch.close()
+    engine.close()
+
+
+def process_of(engine: LlamaCppEngine, version: Version) -> Any:
+    served = engine._versions.get(version.name)
+    assert served is not None
+    assert served.process is not None
+    return served.process
+
+
+@pytest.mark.parametrize("damage", [b"no adapter", b"", None])
+def test_a_damaged_conversion_is_made_again(
+    engine: LlamaCppEngine, train: Train, tmp_path: Path, damage: bytes | None
+) -> None:
+    """Cut, replaced, or (None) with another number in the middle, which would load and answer otherwise."""
+    trained = train("emotion", EMOTION, EMOTIONS)
+    assert trained.adapter is not None
+    version = replace(trained, adapter=shutil.copytree(trained.adapter, tmp_path / "adapter"))
+    engine.unload(version.name)
+    engine.load(version)
+    converted = tmp_path / "adapter" / f"{version.name}.gguf"
+    whole = converted.read_bytes()
+    if damage is None:
+        changed = bytearray(whole)
+        changed[-100:] = bytes(100)
+        damage = bytes(changed)
+    converted.write_bytes(damage)
+    engine.unload(version.name)
+    engine.load(version)
+    assert converted.read_bytes() == whole
+    assert engine.answer(version.name, EMOTIONS[0][0], deadline_s=30).output == EMOTIONS[0][1]
+    engine.unload(version.name)
 
 
 def test_what_llama_cpp_refuses_is_a_version_error(

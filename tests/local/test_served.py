@@ -106,7 +106,7 @@ def test_no_piece_of_a_request_spells_a_special_token(text: str) -> None:
         return httpx.Response(200, json={"tokens": [1]})
 
     with httpx.Client(base_url="http://gpu", transport=httpx.MockTransport(tokenise)) as client:
-        vllm._Completer(client, "v1", "mood").encode_input(f"a {text} b")
+        vllm._Completer(client, "v1", "mood").encode(f"a {text} b", time.monotonic() + 5)
     assert "".join(asked) == f"a {text} b"
     assert not any(text in piece for piece in asked)
 
@@ -118,6 +118,25 @@ def test_a_requests_text_is_not_kept(module: Any) -> None:
     with httpx.Client(base_url="http://gpu", transport=reply) as client:
         completer = module._Completer(client, "v1", "mood")
         for n in range(10):
-            completer.encode_input(f"the user's words {n}")
-            completer.encode('{"label":"')
-        assert completer.encode.cache_info().currsize == 1
+            completer.encode(f"the user's words {n}", time.monotonic() + 5)
+            completer.pieces('{"label":"', time.monotonic() + 5)
+        assert set(completer.pieces._known) == {'{"label":"'}
+
+
+@pytest.mark.parametrize("module", [vllm, llama_cpp])
+def test_every_question_of_an_answer_ends_with_its_deadline(module: Any) -> None:
+    """Also tokenising, which is quick unless the server hangs."""
+    allowed: list[float] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        allowed.append(request.extensions["timeout"]["read"])
+        return httpx.Response(200, json={"tokens": [1]})
+
+    with httpx.Client(base_url="http://gpu", transport=httpx.MockTransport(reply)) as client:
+        completer = module._Completer(client, "v1", "mood")
+        completer.encode("hello", time.monotonic() + 0.5)
+        completer.pieces('{"', time.monotonic() + 0.5)
+        with pytest.raises(EngineUnavailable, match="in time"):
+            completer.encode("hello", time.monotonic())
+    assert len(allowed) == 2
+    assert max(allowed) <= 0.5
