@@ -17,6 +17,7 @@ from typing import cast
 import httpx
 
 from apprentice.errors import ConfigError, Problem
+from apprentice.secrets import scrub
 
 __all__ = ["MOST_BYTES", "Endpoint", "Request", "Response", "Send", "Sender"]
 
@@ -34,16 +35,23 @@ _HEADERS = (
 class Endpoint:
     """An address that takes JSON by POST, and the headers that all requests to it carry; encoded once.
 
-    The headers may hold a key, so they are in no repr.
+    The headers may hold a key, so they are in no repr. Raises `ConfigError`, without the value, for a header that
+    HTTP cannot send.
     """
 
     def __init__(self, url: str, *headers: tuple[str, str]) -> None:
         self.url = httpx.URL(url)
-        pairs = (*_HEADERS, *headers)
-        self.headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
+        self.headers = [(name.encode("ascii"), _sendable(name, value)) for name, value in (*_HEADERS, *headers)]
 
     def __repr__(self) -> str:
-        return f"Endpoint({str(self.url)!r})"
+        return f"Endpoint({scrub(str(self.url))!r})"
+
+
+def _sendable(name: str, value: str) -> bytes:
+    if value.isascii() and value.isprintable() and value == value.strip():
+        return value.encode("ascii")
+    what = f"the header {name} would hold characters that HTTP does not send."
+    raise ConfigError("remote", [Problem("remote.api_key_env", what, "Set its variable to the key alone.")])
 
 
 @dataclass(frozen=True, slots=True)

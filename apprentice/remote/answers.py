@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from apprentice.errors import Problem
-from apprentice.remote.failures import Failure, of_error, of_response, reports_usage, without_secrets
+from apprentice.remote.failures import Failure, of_error, of_response, reports_usage
 from apprentice.remote.provider import Completion, Provider, VendorError
 from apprentice.schema import Schema, SchemaError
+from apprentice.secrets import scrub
 from apprentice.transport import Response
 
 __all__ = ["bare_json", "fit", "read"]
@@ -25,22 +26,22 @@ _FENCED = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)\r?\n?```", re.DOTALL | re.IG
 _MOST_SHOWN = 200
 
 
-def read(provider: Provider, response: Response, now: float, key: str = "") -> Completion | Failure:
+def read(provider: Provider, response: Response, now: float) -> Completion | Failure:
     """What a response brings: a completion, or the failure that it is. ``now`` in Unix seconds."""
     try:
-        failure = of_response(response, now, key)
+        failure = of_response(response, now)
         if failure is not None:
             return failure
         body = json.loads(response.content)
         try:
             completion = provider.parse(body)
         except VendorError as said:
-            return of_error(said.error, response, now, key, billed=reports_usage(body))
+            return of_error(said.error, response, now, billed=reports_usage(body))
         if completion.usage is not None and completion.text and not completion.usage.output:
             return replace(completion, usage=None)  # who answers has written something
         return completion
     except Exception as error:  # noqa: BLE001  # whatever reading foreign bytes raises, there is no answer in them
-        text = without_secrets(f"{type(error).__name__}: {error}", key)[:_MOST_SHOWN]
+        text = scrub(f"{type(error).__name__}: {error}")[:_MOST_SHOWN]
         return Failure(f"gave an answer that its API does not describe ({text})", billed=True)
 
 

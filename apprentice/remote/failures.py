@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from apprentice.secrets import scrub
 from apprentice.transport import Response
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "of_response",
     "reports_usage",
     "retry_after_s",
-    "without_secrets",
 ]
 
 LONGEST_PAUSE_S = 600.0
@@ -53,7 +53,6 @@ _NEVER_SENT = (
 _WRONG_HERE = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)  # our own request: it would be wrong again
 _MOST_READ, _MOST_SHOWN = 16_000, 300  # bytes, characters
 
-_KEYLIKE = re.compile(r"\b(sk|key|AIza)[-_A-Za-z0-9*]{8,}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -114,23 +113,23 @@ class Failure:
     about_format: bool = False
 
 
-def of_exception(error: Exception, key: str = "") -> Failure:
+def of_exception(error: Exception) -> Failure:
     """An attempt that ended without a whole response."""
     what = f"{type(error).__name__}{f': {error}' if str(error) else ''}"
     # An answer that cannot be decoded, or is larger than any answer, would be so again.
     again = isinstance(error, httpx.HTTPError) and not isinstance(error, (httpx.DecodingError, *_WRONG_HERE))
-    return Failure(without_secrets(what, key), again=again, billed=not isinstance(error, _NEVER_SENT))
+    return Failure(scrub(what), again=again, billed=not isinstance(error, _NEVER_SENT))
 
 
-def of_response(response: Response, now: float, key: str = "") -> Failure | None:
+def of_response(response: Response, now: float) -> Failure | None:
     """What a response means that is not 2xx, or holds an error; None for any other. ``now`` in Unix seconds."""
     body = _json(response.content)
     if not 200 <= response.status < 300:
-        return of_error(_error_object(body), response, now, key, status=response.status)
+        return of_error(_error_object(body), response, now, status=response.status)
     error = error_inside(body)
     if error is None:
         return None
-    return of_error(error, response, now, key, billed=reports_usage(body))
+    return of_error(error, response, now, billed=reports_usage(body))
 
 
 def error_inside(body: Any) -> dict[str, Any] | None:
@@ -149,7 +148,6 @@ def of_error(
     error: Mapping[str, Any],
     response: Response,
     now: float,
-    key: str = "",
     *,
     status: int | None = None,
     billed: bool = False,
@@ -157,7 +155,7 @@ def of_error(
     """A vendor's error object. ``status`` is the response's, or None where the error came inside a 2xx."""
     if status is None:
         status = _status(error)
-    message = _message(error, response, key)
+    message = _message(error, response)
     if "insufficient_quota" in (error.get("code"), error.get("type")):
         return Failure(message, status, again=False, billed=billed)  # a 429 that no waiting heals
     again = status is None or status in _RETRYABLE or status >= 500
@@ -201,13 +199,6 @@ def _asked_s(headers: Mapping[str, str], error: Mapping[str, Any], now: float) -
     return max((w for w in waits if w is not None), default=None)
 
 
-def without_secrets(text: str, key: str) -> str:
-    """Vendors quote keys in their errors, whole or in part."""
-    if key:
-        text = text.replace(key, "***")
-    return _KEYLIKE.sub("***", text)
-
-
 def _json(content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -238,14 +229,14 @@ def _status(error: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _message(error: Mapping[str, Any], response: Response, key: str) -> str:
+def _message(error: Mapping[str, Any], response: Response) -> str:
     said = error.get("message")
     text = said.strip() if isinstance(said, str) else ""
     text = text or _beginning(response).strip()
     text = text or httpx.codes.get_reason_phrase(response.status) or "an error without a text"
     kind = error.get("type") or error.get("status")
     text = f"{kind}: {text}" if isinstance(kind, str) and kind not in text else text
-    text = without_secrets(text, key)  # before it is cut: half a key is a secret too
+    text = scrub(text)  # before it is cut: half a key is a secret too
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 

@@ -9,7 +9,6 @@ ledger already.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random as random_module
 import time
@@ -19,6 +18,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from apprentice import secrets
 from apprentice.budget import Budget
 from apprentice.config import ProviderSettings, RemoteSettings, TaskSettings, require_key
 from apprentice.errors import (
@@ -47,7 +47,7 @@ from apprentice.transport import Request, Send
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
 
-logger = logging.getLogger(__name__)
+logger = secrets.logger(__name__)
 
 # Added to the bytes of a request to bound its tokens: what vendors put around it (tool and format instructions).
 _VENDORS_OWN_TOKENS = 1024
@@ -97,7 +97,6 @@ class _Source:
     """
 
     settings: ProviderSettings
-    key: str = field(repr=False)
     label: str
     provider: Provider
     price: PriceList
@@ -170,7 +169,7 @@ class Teacher:
             provider = make_provider(one, key)
             alike = [other for other in settings.providers if other.provider == one.provider]
             label = provider.name if len(alike) == 1 else f"{provider.name} ({one.model})"
-            source = _Source(one, key, label, provider, PriceList(one, clock), limits, Breaker(), {}, {})
+            source = _Source(one, label, provider, PriceList(one, clock), limits, Breaker(), {}, {})
             self._sources.append(source)
 
     def __repr__(self) -> str:
@@ -348,8 +347,8 @@ class Teacher:
         try:
             response = self._send(request, within_s)
         except Exception as error:  # noqa: BLE001  # whatever sending raises, this provider brought no answer
-            return of_exception(error, source.key)
-        return read(source.provider, response, self._clock(), source.key)
+            return of_exception(error)
+        return read(source.provider, response, self._clock())
 
     def _wait_for_turn(self, source: _Source, task: str, request: Request, ends: float) -> Failure | None:
         """Wait until the provider's limits allow a call; then `Limits.leave` must follow. Else why they do not."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import traceback
 from typing import Any
 
 import httpx
 import pytest
 
 from apprentice.config import ProviderSettings
+from apprentice.errors import ConfigError
 from apprentice.remote.answers import bare_json, fit, read
 from apprentice.remote.failures import LONGEST_PAUSE_S, Failure, of_exception, of_response
 from apprentice.remote.provider import Completion, Prompt, Turn, address
 from apprentice.remote.teacher import make_provider
 from apprentice.schema import SchemaError, parse_schema
+from apprentice.secrets import register
 from apprentice.store import Usage
 from apprentice.transport import Request, Response
 
@@ -415,12 +418,25 @@ def test_when_to_come_back(headers: dict[str, str], body: Any, seconds: float | 
 
 def test_keys_do_not_survive_in_messages() -> None:
     """A vendor's error that quotes the key, whole or masked, is cleaned of it."""
+    register(KEY)
     for quoted in (KEY, "sk-proj-********************wxyz"):
         body = {"error": {"message": f"Incorrect API key provided: {quoted}.", "type": "invalid_request_error"}}
-        failure = of_response(received(httpx.Response(401, json=body)), 0.0, KEY)
+        failure = of_response(received(httpx.Response(401, json=body)), 0.0)
         assert failure is not None
         assert "sk-" not in failure.message
     assert KEY not in repr(provider("anthropic")) + repr(provider("openai")) + repr(provider("google"))
+
+
+@pytest.mark.parametrize("vendor", ["anthropic", "openai", "google"])
+@pytest.mark.parametrize(
+    "odd", ["sk-live-0123456789\n", "\u201csk-live-0123456789\u201d", " sk-live-0123456789", "sk\x00live-0123456789"]
+)
+def test_a_key_that_no_header_can_hold(vendor: str, odd: str) -> None:
+    """It is refused when the provider is made, and is not in the error."""
+    settings = ProviderSettings.model_validate({"provider": vendor, "model": "m", "api_key_env": "K"})
+    with pytest.raises(ConfigError, match=r"the header .* HTTP does not send") as caught:
+        make_provider(settings, odd)
+    assert "0123456789" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -450,7 +466,8 @@ def test_what_was_sent_may_be_billed(error: Exception, billed: bool) -> None:
 )
 def test_a_request_that_is_wrong_here_is_not_tried_again(error: Exception) -> None:
     """A header or a URL that cannot be sent would not be sent the next time either; the key in it is not shown."""
-    failure = of_exception(error, KEY)
+    register(KEY)
+    failure = of_exception(error)
     assert not failure.again
     assert KEY not in failure.message
 
