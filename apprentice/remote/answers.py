@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from apprentice.errors import Problem
+from apprentice.remote.dialects import without_null_options
 from apprentice.remote.failures import Failure, of_error, of_response, reports_usage
 from apprentice.remote.provider import Completion, Provider, VendorError
 from apprentice.schema import Schema, SchemaError
@@ -52,7 +53,7 @@ def fit(completion: Completion, schema: Schema, max_output_tokens: int, task: st
         problems = [Problem("answer", f"is empty{_because(completion)}.")]
     else:
         try:
-            return schema.parse(text)
+            return _parse(schema, text)
         except SchemaError as error:
             problems = error.problems
         except Exception as error:  # noqa: BLE001  # checkers recurse and convert; a foreign value may defeat any
@@ -76,6 +77,21 @@ def bare_json(text: str) -> str:
         if fenced := _FENCED.fullmatch(text):
             text = fenced[1].strip()
     return text
+
+
+def _parse(schema: Schema, text: str) -> dict[str, Any]:
+    try:
+        return schema.parse(text)
+    except SchemaError:
+        # OpenAI must write every field, and null for one that is left out; a pydantic model may take no null there
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        kept = without_null_options(schema.json_schema, value)
+        if kept == value:
+            raise
+        return schema.check(kept)
 
 
 def _because(completion: Completion) -> str:

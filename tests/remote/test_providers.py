@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from apprentice.config import ProviderSettings
 from apprentice.errors import ConfigError
@@ -429,7 +430,7 @@ def test_keys_do_not_survive_in_messages() -> None:
 
 @pytest.mark.parametrize("vendor", ["anthropic", "openai", "google"])
 @pytest.mark.parametrize(
-    "odd", ["sk-live-0123456789\n", "\u201csk-live-0123456789\u201d", " sk-live-0123456789", "sk\x00live-0123456789"]
+    "odd", ["sk-live-0123456789\n", "\u201csk-live-0123456789\u201d", "sk-live-0123456789\r", "sk\x00live-0123456789"]
 )
 def test_a_key_that_no_header_can_hold(vendor: str, odd: str) -> None:
     """It is refused when the provider is made, and is not in the error."""
@@ -538,10 +539,40 @@ def test_what_does_not_fit_is_said(completion: Completion, says: str) -> None:
         fit(completion, schema, 256, "t")
 
 
-def test_a_null_that_means_left_out_is_left_out() -> None:
-    """An optional field whose schema takes no null may be null in OpenAI's answer; one that takes it keeps it."""
-    schema = parse_schema({"label": ["a", "b"], "note": "str?"})
-    assert fit(Completion('{"label":"a","note":null}', None), schema, 256, "t") == {"label": "a", "note": None}
+class Stars(BaseModel):
+    count: int = 3
+
+
+class Review(BaseModel):
+    label: str
+    note: str = ""
+    maybe: str | None = None
+    stars: Stars = Stars()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Review,
+        {
+            "type": "object",
+            "properties": {
+                "label": {"type": "string"},
+                "note": {"type": "string"},
+                "maybe": {"type": ["string", "null"]},
+                "stars": {"type": "object", "properties": {"count": {"type": "integer"}}},
+            },
+            "required": ["label"],
+        },
+    ],
+)
+def test_a_null_that_means_left_out_is_left_out(source: Any) -> None:
+    """OpenAI writes null for a field that is left out; where the author's schema takes null it may mean something."""
+    text = '{"label":"a","note":null,"maybe":null,"stars":{"count":null}}'
+    output = fit(Completion(text, None), parse_schema(source), 256, "t")
+    assert output == {"label": "a", "maybe": None, "stars": {}}
+    with pytest.raises(SchemaError, match="label"):
+        fit(Completion('{"label":null,"note":null}', None), parse_schema(source), 256, "t")
 
 
 @pytest.mark.parametrize(
