@@ -15,6 +15,7 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import yaml
@@ -25,13 +26,16 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from apprentice.errors import ConfigError, Problem
-from apprentice.schema import Schema, SchemaError, parse_schema
+from apprentice.json_values import InvalidValue
+from apprentice.schema import Schema, parse_schema
 from apprentice.secrets import register, register_url, scrub
+from apprentice.yaml_file import line_of, read_yaml
 
 __all__ = [
     "BudgetSettings",
@@ -64,13 +68,46 @@ def _a_zone(value: str) -> str:
     return value
 
 
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+def _from_environment(value: object, info: ValidationInfo) -> object:
+    """``${NAME}`` stands for an environment variable: a password has no place in a file."""
+    if not isinstance(value, str):
+        return value
+    environ: Mapping[str, str] = (info.context or {}).get("environ", os.environ)
+
+    def held(found: re.Match[str]) -> str:
+        if found[1] not in environ:
+            raise ValueError(f"names ${{{found[1]}}}, which is not set in the environment; run: export {found[1]}=...")
+        return environ[found[1]]
+
+    return _REFERENCE.sub(held, value)
+
+
+def _a_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        sound = False
+    if not sound or any(c.isspace() or ord(c) < 32 for c in value):
+        raise ValueError("is no URL; write http://HOST:PORT or https://HOST and a path")
+    return value
+
+
 def _a_schema(value: object) -> Schema:
     return value if isinstance(value, Schema) else parse_schema(value)
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Correlation = Annotated[float, Field(ge=-1, le=1)]
-Money = Annotated[Decimal, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v), Field(ge=0)]
+# the ledger counts in billionths of a dollar, in 64 bits
+Money = Annotated[
+    Decimal, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v), Field(ge=0, le=1_000_000_000)
+]
+FromEnvironment = Annotated[str, BeforeValidator(_from_environment)]
+Url = Annotated[FromEnvironment, AfterValidator(_a_url)]
 ModuleFunction = Annotated[str, AfterValidator(_module_function)]
 TaskSchema = Annotated[Schema, BeforeValidator(_a_schema)]
 
@@ -81,6 +118,8 @@ class _Section(BaseModel):
         frozen=True,
         protected_namespaces=(),
         arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
         ignored_types=(cached_property,),
     )
 
@@ -161,13 +200,20 @@ class TaskSettings(_Section):
 
     @model_validator(mode="after")
     def _fields_exist(self) -> TaskSettings:
-        known = self.output_schema.fields
-        for key, names in (("match_fields", self.match_fields), ("field_weights", tuple(self.field_weights))):
-            for name in names:
-                if name.split(".")[0] not in known:
-                    raise ValueError(
-                        f"{key} names {name!r}, which output_schema does not have; it has {', '.join(known)}"
-                    )
+        problems = [
+            Problem(place, f"{name!r} is no field of output_schema: {why}", remedy)
+            for place, names in (("match_fields", self.match_fields), ("field_weights", tuple(self.field_weights)))
+            for name in names
+            for why, remedy in [self.output_schema.why_no_field(name)]
+            if why
+        ]
+        problems += [
+            Problem(f"field_weights.{name}", "is not among match_fields: it would weigh nothing.", "Add it there.")
+            for name in self.field_weights
+            if self.match_fields and name not in self.match_fields
+        ]
+        if problems:
+            raise InvalidValue(problems)
         if self.evaluator == "custom" and not self.evaluator_function:
             raise ValueError("evaluator: custom needs evaluator_function: module:function")
         return self
@@ -180,6 +226,14 @@ class ModelPrice(_Section):
     output: Money = Field(description="for a million output tokens")
     cached_input: Money | None = Field(None, description="for a million cached input tokens; as input when left out")
 
+    @model_validator(mode="after")
+    def _cached_is_cheaper(self) -> ModelPrice:
+        if self.cached_input is not None and self.cached_input > self.input:
+            raise ValueError(
+                f"cached_input ({self.cached_input}) is above input ({self.input}), at which calls are reserved"
+            )
+        return self
+
 
 class ProviderSettings(_Section):
     """One vendor's API and the model asked there."""
@@ -187,7 +241,7 @@ class ProviderSettings(_Section):
     provider: Literal["anthropic", "openai", "google", "openai_compatible"] = Field(description="whose API it is")
     model: str = Field(min_length=1, description="the model's name there")
     api_key_env: str = Field("", description="name of the environment variable that holds the key")
-    base_url: str | None = Field(None, description="another endpoint of the same protocol")
+    base_url: Url | None = Field(None, description="another endpoint of the same protocol")
     api: Literal["chat_completions", "responses"] = Field("chat_completions", description="for provider: openai")
     structured_output: Literal["json_schema", "json_object", "none"] = Field(
         "json_schema", description="how the schema is asked for; a server that takes less is asked for less by itself"
@@ -255,7 +309,7 @@ class LocalSettings(_Section):
         "HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id, folder, GGUF file or engine tag"
     )
     training_model: str | None = Field(None, description="the same weights for the trainer, where base_model is a tag")
-    url: str | None = Field(None, description="of a running vllm, llama_cpp or ollama server")
+    url: Url | None = Field(None, description="of a running vllm, llama_cpp or ollama server")
     fine_tune_backend: Literal["huggingface", "unsloth", "axolotl", "openai"] = Field(
         "huggingface", description="the trainer; docs/training.md"
     )
@@ -288,14 +342,14 @@ class SamplingSettings(_Section):
 class TrackingSettings(_Section):
     """Where training runs and model versions are recorded."""
 
-    uri: str | None = Field(None, description="MLflow; default: a SQLite file beside apprentice.yaml")
-    artifacts: str | None = Field(None, description="where MLflow keeps files, with the default uri")
+    uri: FromEnvironment | None = Field(None, description="MLflow; default: a SQLite file beside apprentice.yaml")
+    artifacts: FromEnvironment | None = Field(None, description="where MLflow keeps files, with the default uri")
 
 
 class AlertSettings(_Section):
     """Who hears of alerts, besides the log and the store."""
 
-    webhook: str | None = Field(None, description="URL that gets each alert as a JSON POST")
+    webhook: Url | None = Field(None, description="URL that gets each alert as a JSON POST")
 
 
 class Settings(_Section):
@@ -306,7 +360,7 @@ class Settings(_Section):
     local: LocalSettings = Field(default_factory=LocalSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     budget: BudgetSettings = Field(default_factory=BudgetSettings)
-    store: str = Field("sqlite:///apprentice.db", description="SQLite file or PostgreSQL URL")
+    store: FromEnvironment = Field("sqlite:///apprentice.db", description="SQLite file or PostgreSQL URL")
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
     alerts: AlertSettings = Field(default_factory=AlertSettings)
     source: Path = Field(Path("apprentice.yaml"), exclude=True)
@@ -366,27 +420,28 @@ class Settings(_Section):
         return self.tracking.artifacts or (self.root / "mlartifacts").as_uri()
 
 
-def load_settings(path: str | Path = "apprentice.yaml") -> Settings:
-    """Read and check a config file. Raises `ConfigError` with every problem in it."""
+def load_settings(path: str | Path = "apprentice.yaml", environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read and check a config file. Raises `ConfigError` with every problem in it.
+
+    ``${NAME}`` in a URL, in ``store`` and in ``tracking`` stands for a variable of ``environ``.
+    """
     source = Path(path)
     try:
-        text = source.read_text(encoding="utf-8")
+        content = source.read_bytes()
     except OSError as error:
         problem = Problem(
             "file", f"cannot be read ({error.strerror}).", "Pass --config, or run where apprentice.yaml lies."
         )
         raise ConfigError(str(path), [problem]) from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise ConfigError(str(path), [Problem("file", f"is not YAML: {error.problem}.", line=line)]) from None
+        document, node = read_yaml(content)
+    except InvalidValue as error:
+        raise ConfigError(str(path), error.problems) from None
     if not isinstance(document, dict):
-        problem = Problem("file", "holds no mapping.", "See the apprentice.yaml that ships with Apprentice.")
+        problem = Problem("file", "holds no mapping.", "See docs/configuration.md for one to begin with.")
         raise ConfigError(str(path), [problem])
     try:
-        return Settings.model_validate({**document, "source": source})
+        return Settings.model_validate({**document, "source": source}, context={"environ": environ})
     except ValidationError as error:
         # pydantic drops tasks that failed and then also complains that none are left
         errors = [e for e in error.errors() if not (e["type"] == "too_short" and document.get("tasks"))]
@@ -397,29 +452,33 @@ def load_settings(path: str | Path = "apprentice.yaml") -> Settings:
 def _explain(error: Any, node: yaml.Node | None) -> list[Problem]:
     loc = [part for part in error["loc"] if not _is_union_tag(part)]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".") or "file"
-    line = _line_of(node, loc)
+    line = line_of(node, loc)
     kind, value = error["type"], error.get("input")
     cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, SchemaError):
-        return [
-            Problem(
-                path + p.path.removeprefix("schema"),
-                p.message,
-                p.remedy,
-                _line_of(node, [*loc, *p.path.split(".")[1:]]),
-            )
-            for p in cause.problems
-        ]
+    if isinstance(cause, InvalidValue):
+        return [_within(path, loc, problem, node) for problem in cause.problems]
     if kind == "extra_forbidden":
         known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)
         remedy = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
         return [Problem(path, "is not a known key.", remedy, line)]
     if kind == "missing":
         return [Problem(path, "is missing.", "", line)]
-    shown = "" if isinstance(value, dict | list | tuple) else f"is {value!r}: "
+    # an address may hold a password
+    shown = "" if isinstance(value, dict | list | tuple) or loc[-1:][0] in _ADDRESSES else f"is {value!r}: "
     message = str(cause) if cause else error["msg"]
     return [Problem(path, f"{shown}{message[:1].lower()}{message[1:]}.", "", line)]
+
+
+_ADDRESSES = ("store", "uri", "artifacts", "webhook", "url", "base_url")
+
+
+def _within(path: str, loc: list[Any], problem: Problem, node: yaml.Node | None) -> Problem:
+    """A problem of a part, in a schema or a section, as one of the file."""
+    inner = problem.path.removeprefix("schema").removeprefix(".")
+    steps = [int(part) if part.isdecimal() else part for part in re.split(r"[.\[\]]+", inner) if part]
+    place = f"{path}.{inner}" if inner and not inner.startswith("[") else path + inner
+    return Problem(place, problem.message, problem.remedy, line_of(node, [*loc, *steps]))
 
 
 def _is_union_tag(part: object) -> bool:
@@ -427,25 +486,6 @@ def _is_union_tag(part: object) -> bool:
     return isinstance(part, str) and (
         part.startswith(("literal[", "constrained-", "function-")) or part in ("str", "int")
     )
-
-
-def _line_of(node: yaml.Node | None, loc: list[Any]) -> int | None:
-    """The line of the deepest node that the location reaches."""
-    line = node.start_mark.line + 1 if node is not None else None
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == part:
-                    line, node = key.start_mark.line + 1, value
-                    break
-            else:
-                return line
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
 
 
 def _known_keys(loc: list[Any]) -> list[str]:

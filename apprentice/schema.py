@@ -15,6 +15,7 @@ equal answers are equal as text; checking it again changes nothing.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,27 @@ class Schema:
             and tuple(document.get("required", ())) == self.fields
         )
 
+    def why_no_field(self, path: str) -> tuple[str, str]:
+        """Why a dotted path such as ``place.city`` or ``lines.0.name`` leads to no field, and the remedy.
+
+        Both are empty if it may lead to one: what a free-form object holds is not known.
+        """
+        nodes: list[Mapping[str, Any]] = [self.json_schema]
+        at = ""
+        for step in path.split("."):
+            found, known, is_list = _step(nodes, step)
+            if found is None:
+                return "", ""
+            if not found:
+                name = repr(at) if at else "it"
+                if is_list and not known:
+                    return f"{name} is a list.", f"Compare it whole, or one item of it: {at}.0"
+                near = difflib.get_close_matches(step, known, n=1)
+                remedy = f"Did you mean {(at + '.' if at else '') + near[0]!r}?" if near else ""
+                return f"{name} has {', '.join(known) or 'no fields'}, and no {step!r}.", remedy
+            nodes, at = found, f"{at}.{step}".removeprefix(".")
+        return "", ""
+
     def check(self, value: object) -> dict[str, Any]:
         """Return ``value`` as plain JSON data in schema order, or raise `SchemaError` naming every field at fault.
 
@@ -90,6 +112,34 @@ class Schema:
     def dumps(value: Mapping[str, Any]) -> str:
         """The one compact text of a value: no spaces, unicode kept. Training, serving and comparing all use it."""
         return compact_json(value)
+
+
+def _step(nodes: list[Mapping[str, Any]], step: str) -> tuple[list[Mapping[str, Any]] | None, list[str], bool]:
+    """One step down from any of ``nodes``: where it leads (None: anywhere), what fields there are, if one is a list."""
+    found: list[Mapping[str, Any]] = []
+    known: dict[str, None] = {}
+    is_list = False
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        unions = [branch for key in ("anyOf", "oneOf", "allOf") for branch in node.get(key, ())]
+        todo += unions
+        kinds = node.get("type", [] if unions or "enum" in node or "const" in node else ["object", "array"])
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if "object" in kinds:
+            properties = node.get("properties", {})
+            if step in properties:
+                found.append(properties[step])
+            elif node.get("additionalProperties") is not False and not unions:
+                return None, [], False
+            known |= dict.fromkeys(properties)
+        if "array" in kinds:
+            is_list = True
+            if step.isdecimal():
+                if not isinstance(node.get("items"), Mapping) or "prefixItems" in node:
+                    return None, [], False
+                found.append(node["items"])
+    return found, list(known), is_list
 
 
 def parse_schema(source: object, *, path: str = "schema") -> Schema:

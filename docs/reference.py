@@ -19,8 +19,48 @@ HEAD = """\
 Every key, its default and its meaning. `apprentice check` reads a file and reports every mistake at once.
 This page is written by `docs/reference.py` from `apprentice/config.py`.
 
-A schema is a mapping of field to type (`str`, `int`, `float`, `bool`, `dict`, `list`, `any`, `list[TYPE]`, `a | b | c`,
-a list of values, a nested mapping; a trailing `?` makes a field optional), a JSON Schema, or `module:Model`.
+## the file's text
+
+UTF-8. What you write is what arrives: `no`, `010`, `12:30` and `2024-01-01` are text, a number is a number only if it
+reads back as it was written, and only `true` and `false` are yes/no values in a schema. (In a yes-or-no key, `yes`,
+`no`, `on` and `off` mean what they say.) A key that stands twice, a control character, an alias that multiplies: each
+is a problem with its line. `${NAME}` in `store`, `tracking`, `webhook` and the URLs stands for an environment variable,
+which is where a password belongs.
+
+## schemas
+
+A schema is one of
+
+- a mapping of field to type:
+
+  | written | means |
+  | --- | --- |
+  | `text: str` | `str`, `int`, `float`, `bool`, `date`, `datetime`, `dict`, `list`, `any` |
+  | `tags: list[str]` | a list of one type |
+  | `kind: a \\| b \\| c`, `level: [1, 2, 3]` | one of these words, or of these whole numbers |
+  | `place: {city: str}` | an object |
+  | `lines: [{name: str, price: float}]` | a list of objects |
+  | `note: str?`, `place?: {city: str}` | optional, and may be null; within `{ }` in quotes: `{note: "str?"}` |
+  | `code: {type: string, pattern: "^[A-Z]+$"}` | JSON Schema: a mapping whose `type` names types of JSON Schema |
+
+- a JSON Schema: a mapping with `type: object` and keywords, or with `$schema`. It is validated as it is written, by
+  draft 2020-12; a keyword or a `format` that is not enforced is refused with its path. Objects that list `properties`
+  are closed unless you say `additionalProperties: true`; references that lead back to themselves are not supported.
+- `module:Model`, a pydantic model that can be imported from where Apprentice runs. It is checked in strict JSON mode:
+  enums, dates and decimals come and go as their text.
+
+Objects that are put together by `allOf`, `if` or `patternProperties`, lists with `prefixItems`, and the bounds of a
+value are not forced upon the local model while it writes; its finished answer is checked, and not served if it breaks
+one.
+
+Null for an optional field that takes no null is the same as leaving it out.
+
+## values
+
+What enters, by Python, HTTP, a vendor's answer or recorded traffic, follows one rule, so that it can be stored, trained
+on and sent as JSON: half a surrogate pair becomes U+FFFD; NaN, Infinity, integers beyond 64 bits, bytes, keys that are
+no text and nesting beyond 100 levels are refused, with the field's name; dates, enum members, UUIDs, decimals, tuples,
+sets and numpy's numbers become the JSON they stand for.
 """
 REQUIRED = "required"
 RULE = "| --- | --- | --- | --- |"

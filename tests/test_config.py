@@ -129,8 +129,58 @@ budget: {daily: -1, timezone: Mars}
 def test_fields_that_do_not_exist_are_named(tmp_path: Path) -> None:
     """match_fields must be fields of the output."""
     found = problems_of(tmp_path, USER_CONFIG.replace("match_fields: [category, priority]", "match_fields: [colour]"))
-    assert "'colour'" in found["tasks[0]"]
-    assert "category, priority" in found["tasks[0]"]
+    assert "'colour'" in found["tasks[0].match_fields"]
+    assert "category, priority" in found["tasks[0].match_fields"]
+    assert "(line 7)" in found["tasks[0].match_fields"]
+
+
+NESTED = """\
+tasks:
+  - name: invoice
+    description: x
+    input_schema: {text: str}
+    output_schema:
+      supplier: {name: str, city: str}
+      place?: {zip: str}
+      lines: [{label: str, price: float}]
+      codes: list[str]
+      meta: dict
+    match_fields: MATCH
+remote: {provider: anthropic, model: m, api_key_env: X}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("supplier.nmae", "'supplier' has name, city, and no 'nmae'. Did you mean 'supplier.name'?"),
+        ("suplier.name", "Did you mean 'supplier'?"),
+        ("place.zap", "'place' has zip, and no 'zap'. Did you mean 'place.zip'?"),
+        ("lines.label", "'lines' is a list. Compare it whole, or one item of it: lines.0"),
+        ("lines.0.lable", "'lines.0' has label, price, and no 'lable'. Did you mean 'lines.0.label'?"),
+        ("codes.first", "'codes' is a list"),
+        ("supplier.name.first", "'supplier.name' has no fields, and no 'first'"),
+    ],
+)
+def test_a_field_that_is_not_in_the_schema_is_named_at_every_level(tmp_path: Path, name: str, says: str) -> None:
+    """A field that both answers lack is equal in both: a typo would score 1.0 on everything."""
+    assert says in problems_of(tmp_path, NESTED.replace("MATCH", f"[{name}]"))["tasks[0].match_fields"]
+
+
+@pytest.mark.parametrize(
+    "name", ["supplier", "supplier.name", "place.zip", "lines.0.label", "codes.0", "meta.any.thing"]
+)
+def test_a_field_that_may_be_there_is_taken(tmp_path: Path, name: str) -> None:
+    """At every level, in optional objects, in items of lists; what a free-form object holds is not known."""
+    assert load(tmp_path, NESTED.replace("MATCH", f"[{name}]")).task("invoice").match_fields == (name,)
+
+
+def test_a_weight_of_a_field_that_is_not_compared_is_an_error(tmp_path: Path) -> None:
+    """It would weigh nothing."""
+    text = NESTED.replace("MATCH", "[supplier]\n    field_weights: {meta: 2, suplier: 1}")
+    found = problems_of(tmp_path, text)
+    assert "is not among match_fields" in found["tasks[0].field_weights.meta"]
+    assert "Did you mean 'supplier'?" in found["tasks[0].field_weights"]
 
 
 def test_thresholds_out_of_order_are_an_error(tmp_path: Path) -> None:
@@ -173,3 +223,43 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
     settings = load(tmp_path, USER_CONFIG)
     assert settings.store_url == f"sqlite:///{tmp_path}/apprentice.db"
     assert settings.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_variable_of_the_environment_may_stand_in_an_address(tmp_path: Path) -> None:
+    """A password has no place in a file; one that is not set is named, and so is the command that sets it."""
+    text = USER_CONFIG + "store: postgresql://me:${PGPASSWORD}@db/apprentice\nalerts: {webhook: 'https://${HOOK}/x'}\n"
+    path = tmp_path / "apprentice.yaml"
+    path.write_text(text)
+    settings = load_settings(path, {"PGPASSWORD": "s3cret", "HOOK": "hooks.example"})
+    assert settings.store == "postgresql://me:s3cret@db/apprentice"
+    assert settings.alerts.webhook == "https://hooks.example/x"
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path, {"PGPASSWORD": "s3cret"})
+    assert "alerts.webhook (line" in str(caught.value)
+    assert "${HOOK}, which is not set in the environment; run: export HOOK=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "ftp://x", "http:///x", "http://host:port", "https://exa mple", "http://[::1"]
+)
+def test_what_is_no_url_is_refused_without_being_shown(tmp_path: Path, url: str) -> None:
+    """An address may hold a password, so the error names the key and not the value."""
+    found = problems_of(tmp_path, USER_CONFIG + f"alerts: {{webhook: '{url}'}}\n")
+    assert "write http://HOST:PORT" in found["alerts.webhook"]
+    assert url not in found["alerts.webhook"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path"),
+    [
+        ("daily: 10.00", "daily: 10_000_000_000", "budget.daily"),
+        ("daily: 10.00", "daily: .inf", "budget.daily"),
+        ("min_floor: 0.02", "min_floor: nan", "sampling.min_floor"),
+        ("model_dir: ./models/", "deadline_s: inf", "local.deadline_s"),
+        ("model: gpt-4o", "model: gpt-4o\n      price: {input: 1, output: 2, cached_input: 3}",
+         "remote.additional_providers[0].price"),
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_can_count_with_are_refused(tmp_path: Path, old: str, new: str, path: str) -> None:
+    """The ledger counts in 64 bits, and a call is reserved at the price of fresh input."""
+    assert path in problems_of(tmp_path, USER_CONFIG.replace(old, new))
