@@ -8,7 +8,8 @@ Durability, SQLite. In WAL mode a commit with synchronous=NORMAL is safe against
 may be lost when the machine loses power; with FULL it is on the disk. What has been paid for (`durable=True`) is
 committed with FULL. A reservation is not: if the power fails, the calls that it guarded fail with it.
 A FULL commit syncs the log up to its end, earlier NORMAL commits included. PostgreSQL draws the same line with
-synchronous_commit.
+synchronous_commit. Nothing outlives its transaction on the server (no prepared statement, no setting, no lock), so
+that PgBouncer may stand between in transaction mode.
 
 SQLite has one writer at a time. Threads of this process queue for it on a lock, which is fair and wakes at once; other
 processes are waited for by busy_timeout, which polls.
@@ -34,6 +35,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import Insert
 
 from apprentice.errors import MissingExtra, StoreError
+from apprentice.secrets import register_url, scrub_error
 from apprentice.store.records import EventRecord
 
 __all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database", "within"]
@@ -344,6 +346,7 @@ class PostgresDatabase:
         from sqlalchemy.dialects.postgresql import psycopg as core
 
         self._psycopg = psycopg
+        register_url(url.render_as_string(hide_password=False))
         self.url = url.set(drivername="postgresql+psycopg")
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._compiler = _Compiler(core.dialect())  # type: ignore[no-untyped-call]  # SQLAlchemy left it untyped
@@ -354,10 +357,8 @@ class PostgresDatabase:
 
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[Transaction]:
-        connection = self._begin("BEGIN")
+        connection = self._begin("BEGIN" if durable else "BEGIN; SET LOCAL synchronous_commit = off")
         try:
-            if not durable:
-                connection.execute("SET LOCAL synchronous_commit = off")
             yield Transaction(connection, self._compiler, "postgresql")
             connection.execute("COMMIT")
         except self._psycopg.Error as error:
@@ -405,35 +406,40 @@ class PostgresDatabase:
     def _connected(self, how: str) -> Any:
         """An idle connection, where there is one that the server has not dropped, else a new one."""
         waits_s = _patience_s()
+        wait_ms = max(_stepped(1000 * waits_s), 1)  # 0 would mean for ever
+        # A pooler may give each transaction another session, so settings are the transaction's own.
+        how = f"{how}; SET LOCAL lock_timeout = {wait_ms}"
         if waits_s < _BUSY_TIMEOUT_S:
-            wait_ms = max(_stepped(1000 * waits_s), 1)  # 0 would mean for ever
-            how = f"{how}; SET LOCAL lock_timeout = {wait_ms}; SET LOCAL statement_timeout = {wait_ms}"
+            how = f"{how}; SET LOCAL statement_timeout = {wait_ms}"
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 break
             try:
-                connection.execute(how, prepare=False)
+                connection.execute(how)
             except self._psycopg.Error:
                 connection.close()
             else:
                 return connection
         try:
-            # libpq counts in whole seconds, and takes 1 for 2.
-            connect_s = max(math.ceil(waits_s), 2)
-            connection = self._psycopg.connect(
-                self._conninfo, autocommit=True, prepare_threshold=2, connect_timeout=connect_s
-            )
-            connection.execute(f"SET lock_timeout = '{_BUSY_TIMEOUT_S:g}s'")
-            connection.execute(how, prepare=False)
+            connection = self._connect(waits_s)
+            connection.execute(how)
         except self._psycopg.Error as error:
             raise self._explained(error) from error
         return connection
 
+    def _connect(self, waits_s: float = _BUSY_TIMEOUT_S) -> Any:
+        # No statement is prepared on the server: behind PgBouncer in transaction mode it would be another session's.
+        # libpq counts in whole seconds, and takes 1 for 2.
+        timeout_s = max(math.ceil(waits_s), 2)
+        return self._psycopg.connect(
+            self._conninfo, autocommit=True, prepare_threshold=None, connect_timeout=timeout_s
+        )
+
     @contextmanager
     def driver_connection(self) -> Iterator[Any]:
-        with self._psycopg.connect(self._conninfo, autocommit=True) as connection:
+        with self._connect() as connection:
             yield connection
 
     def _give_back(self, connection: Any) -> None:
@@ -451,7 +457,7 @@ class PostgresDatabase:
         self._give_back(connection)
 
     def _explained(self, error: Exception) -> StoreError:
-        text = str(error).strip().replace(self.url.password or "\0", "***")
+        text = str(scrub_error(error)).strip()
         return StoreError(f"store {self.url.render_as_string(hide_password=True)}: {text}")
 
     def close(self) -> None:
