@@ -4,24 +4,33 @@ Each takes Alembic's `Operations`, so that it reads the same on SQLite and Postg
 changed, which is why it spells out its columns instead of asking `tables`; a new one is appended, and a test compares
 the outcome with `tables`. All missing steps run in one transaction under a lock: of many processes that open a new
 store together, one migrates and the rest find it done.
+
+Expand first, contract later. While a new release migrates, processes of the release before it go on: they have paid
+for answers that their INSERTs must still be able to keep. So a step in `_STEPS` only ever adds: tables, indexes,
+triggers, and columns that may be left out of an INSERT (nullable, or with a server default). What is no longer used is
+made optional there, and taken away by a step in `_CONTRACTIONS`. Those run by themselves on a store that is new, which
+no other process can be using; on any other one `contract` runs them, when a person says that no older process is left.
+A test replays the INSERTs, UPDATEs and SELECTs of every earlier shape on the latest one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sqlalchemy import BigInteger, Column, Float, Integer, Text, create_engine, text
+from sqlalchemy import BigInteger, Column, Float, Integer, Text, create_engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from apprentice.errors import StoreError
+from apprentice.secrets import scrub_error
 from apprentice.store.database import Database
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
 
-__all__ = ["LATEST", "migrate"]
+__all__ = ["LATEST", "contract", "migrate"]
 
 
 def _seq() -> Column[int]:
@@ -166,9 +175,14 @@ def create_ledger(op: Operations) -> None:
     )
 
 
-def drop_input_digest(op: Operations) -> None:
-    """Nobody asked for it, and every request paid for it."""
-    op.drop_column("examples", "input_digest")
+def stop_input_digest(op: Operations) -> None:
+    """Nobody asks for it: examples come without it. Processes of the release before still bring it."""
+    if op.get_bind().dialect.name == "postgresql":
+        op.alter_column("examples", "input_digest", server_default="")
+        return
+    # SQLite cannot give a column a default later on; a copy of the table can have one.
+    with op.batch_alter_table("examples", recreate="always") as batch:
+        batch.alter_column("input_digest", existing_type=Text, existing_nullable=False, server_default="")
 
 
 _TOKENS = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
@@ -241,10 +255,20 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_training,
     create_events,
     create_ledger,
-    drop_input_digest,
+    stop_input_digest,
     create_totals,
 )
 LATEST = len(_STEPS)
+
+
+def drop_input_digest(op: Operations) -> None:
+    """What `stop_input_digest` made optional."""
+    if "input_digest" in {column["name"] for column in inspect(op.get_bind()).get_columns("examples")}:
+        op.drop_column("examples", "input_digest")
+
+
+# Each may find its work done already.
+_CONTRACTIONS: tuple[Callable[[Operations], None], ...] = (drop_input_digest,)
 
 # Any number will do, as long as every Apprentice takes the same.
 _ADVISORY_LOCK = 7_233_480_114
@@ -254,6 +278,31 @@ def migrate(database: Database) -> None:
     """Bring the store to the latest shape. Raises `StoreError` where a newer Apprentice wrote it."""
     if _is_current(database):
         return  # the usual case, without loading Alembic
+    with _operations(database) as op:
+        connection = op.get_bind()
+        connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+        found = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar() or 0
+        _refuse_newer(found)
+        for step in _STEPS[found:]:
+            step(op)
+        if found == 0:
+            for step in _CONTRACTIONS:
+                step(op)
+        connection.exec_driver_sql("DELETE FROM schema_version")
+        connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({LATEST})")
+
+
+def contract(database: Database) -> None:
+    """Take away what only releases before this one use. No process of such a release may be left: it would fail."""
+    migrate(database)
+    with _operations(database) as op:
+        for step in _CONTRACTIONS:
+            step(op)
+
+
+@contextmanager
+def _operations(database: Database) -> Iterator[Operations]:
+    """Alembic's operations in one transaction, which no other process migrates beside. Raises `StoreError`."""
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext
 
@@ -269,18 +318,11 @@ def migrate(database: Database) -> None:
                 connection.exec_driver_sql("BEGIN" if database.dialect_name == "postgresql" else "BEGIN IMMEDIATE")
                 if database.dialect_name == "postgresql":
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
-                connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
-                found = connection.exec_driver_sql("SELECT max(version) FROM schema_version").scalar() or 0
-                _refuse_newer(found)
-                op = Operations(MigrationContext.configure(connection))
-                for step in _STEPS[found:]:
-                    step(op)
-                connection.exec_driver_sql("DELETE FROM schema_version")
-                connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({LATEST})")
+                yield Operations(MigrationContext.configure(connection))
                 connection.exec_driver_sql("COMMIT")
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
-            raise StoreError(f"the store cannot be brought to its latest shape: {cause}") from error
+            raise StoreError(f"the store cannot be brought to its latest shape: {cause}") from scrub_error(error)
 
 
 def _is_current(database: Database) -> bool:

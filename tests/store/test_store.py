@@ -401,6 +401,7 @@ def test_an_older_store_is_brought_up_to_date(url: str, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(migrations, "_STEPS", migrations._STEPS[:7])
         patch.setattr(migrations, "LATEST", 7)
+        patch.setattr(migrations, "_CONTRACTIONS", ())
         with Store.open(url) as store, store._database.write(durable=True) as tx:
             columns = "id, task, input, output, provider, model, input_digest, created_at"
             tx.run_text(
