@@ -433,9 +433,7 @@ class PostgresDatabase:
         # No statement is prepared on the server: behind PgBouncer in transaction mode it would be another session's.
         # libpq counts in whole seconds, and takes 1 for 2.
         timeout_s = max(math.ceil(waits_s), 2)
-        return self._psycopg.connect(
-            self._conninfo, autocommit=True, prepare_threshold=None, connect_timeout=timeout_s
-        )
+        return self._psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=None, connect_timeout=timeout_s)
 
     @contextmanager
     def driver_connection(self) -> Iterator[Any]:
