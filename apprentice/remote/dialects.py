@@ -17,12 +17,16 @@ _SCALARS = ("string", "integer", "number", "boolean", "null")
 
 def strict(schema: Mapping[str, Any]) -> dict[str, Any] | None:
     """For OpenAI: objects closed, every property required, an optional one nullable instead."""
-    return _convert(schema, all_required=True)
+    return _an_object(_convert(schema, all_required=True))
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any] | None:
     """For Anthropic: objects closed, optional properties left out of ``required``."""
-    return _convert(schema, all_required=False)
+    return _an_object(_convert(schema, all_required=False))
+
+
+def _an_object(root: dict[str, Any] | None) -> dict[str, Any] | None:
+    return root if root is not None and root.get("type") == "object" else None
 
 
 def _convert(node: Any, *, all_required: bool) -> dict[str, Any] | None:
@@ -34,13 +38,13 @@ def _convert(node: Any, *, all_required: bool) -> dict[str, Any] | None:
         return {**_typed(node), "const": node["const"], **described}
     if "enum" in node:
         return {**_typed(node), "enum": list(node["enum"]), **described}
-    if "anyOf" in node:
-        branches = [_convert(branch, all_required=all_required) for branch in node["anyOf"]]
+    if union := _union(node):
+        branches = [_convert(branch, all_required=all_required) for branch in union]
         return None if None in branches else {"anyOf": branches, **described}
     match node.get("type"):
         case "object":
             properties = node.get("properties")
-            if not properties or node.get("additionalProperties", False) is not False:
+            if not properties or _is_open(node):
                 return None
             required = set(node.get("required", ()))
             converted = {}
@@ -76,6 +80,16 @@ def _one_type_each(node: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"anyOf": [{**{k: v for k, v in node.items() if k not in outer}, "type": kind} for kind in kinds], **outer}
 
 
+def _union(node: Mapping[str, Any]) -> list[Any]:
+    """The branches of a union. That just one of them may fit is for our own check to see."""
+    return list(node.get("anyOf") or node.get("oneOf") or ())
+
+
+def _is_open(node: Mapping[str, Any]) -> bool:
+    """Whether an object may have properties that it does not name; closing it would forbid what its author takes."""
+    return node.get("additionalProperties") is not False or bool(node.get("patternProperties"))
+
+
 def _typed(node: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": node["type"]} if isinstance(node.get("type"), str) else {}
 
@@ -88,8 +102,13 @@ def _nullable(node: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [node, {"type": "null"}]}
 
 
-def gemini(schema: Any) -> dict[str, Any] | None:
+def gemini(schema: Mapping[str, Any]) -> dict[str, Any] | None:
     """For Gemini's responseSchema: a subset of OpenAPI 3.0, with upper-case types, ``nullable`` and an order."""
+    root = _gemini(schema)
+    return root if root is not None and root.get("type") == "OBJECT" else None
+
+
+def _gemini(schema: Any) -> dict[str, Any] | None:
     if not isinstance(schema, Mapping):
         return None
     schema = _one_type_each(schema)
@@ -103,24 +122,23 @@ def gemini(schema: Any) -> dict[str, Any] | None:
             return {"type": "STRING", "enum": values, **nullable, **described}
         if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             # enums hold strings there; the description asks, and our own check enforces
-            return {"type": "INTEGER", "description": "one of " + ", ".join(map(str, values)), **nullable}
+            said = f"{schema['description']}; " if "description" in schema else ""
+            return {"type": "INTEGER", "description": f"{said}one of {', '.join(map(str, values))}", **nullable}
         return None
-    if "anyOf" in schema:
-        branches = [
-            branch for branch in schema["anyOf"] if not (isinstance(branch, Mapping) and branch.get("type") == "null")
-        ]
-        converted = [gemini(branch) for branch in branches]
-        if None in converted:
+    if union := _union(schema):
+        branches = [branch for branch in union if not (isinstance(branch, Mapping) and branch.get("type") == "null")]
+        converted = [_gemini(branch) for branch in branches]
+        if not converted or None in converted:
             return None
         kept = cast(list[dict[str, Any]], converted)
-        nullable = {"nullable": True} if len(branches) < len(schema["anyOf"]) else {}
+        nullable = {"nullable": True} if len(branches) < len(union) else {}
         return {**(kept[0] if len(kept) == 1 else {"anyOf": kept}), **nullable, **described}
     match schema.get("type"):
         case "object":
             properties = schema.get("properties")
-            if not properties or schema.get("additionalProperties", False) is not False:
+            if not properties or _is_open(schema):
                 return None
-            inner = {name: gemini(child) for name, child in properties.items()}
+            inner = {name: _gemini(child) for name, child in properties.items()}
             if None in inner.values():
                 return None
             return {
@@ -131,7 +149,7 @@ def gemini(schema: Any) -> dict[str, Any] | None:
                 **described,
             }
         case "array":
-            items = gemini(schema["items"]) if schema.get("items") else None
+            items = _gemini(schema["items"]) if schema.get("items") else None
             return None if items is None else {"type": "ARRAY", "items": items, **described}
         case "string" | "integer" | "number" | "boolean" as kind:
             return {"type": kind.upper(), **described}
@@ -157,9 +175,9 @@ def without_null_options(schema: Mapping[str, Any], value: Any) -> Any:
         return kept
     if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
         return [without_null_options(schema["items"], item) for item in value]
-    if "anyOf" in schema and isinstance(value, dict | list):
+    if isinstance(value, dict | list) and (union := _union(schema)):
         kind = "object" if isinstance(value, dict) else "array"
-        branches = [branch for branch in schema["anyOf"] if _is_of(branch, kind)]
+        branches = [branch for branch in union if _is_of(branch, kind)]
         return without_null_options(branches[0], value) if len(branches) == 1 else value
     return value
 

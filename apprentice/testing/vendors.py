@@ -91,10 +91,12 @@ def _positive(body: Mapping[str, Any], name: str, kind: str) -> int:
     return value
 
 
-def _walk_closed(node: Any, kind: str, *, all_required: bool) -> None:
+def _walk_closed(node: Any, kind: str, *, all_required: bool, root: bool = False) -> None:
     """Structured outputs accept closed objects, and no keyword that they cannot decode under."""
     if not isinstance(node, dict):
         raise Refused(400, kind, "schema: every node must be an object")
+    if root and node.get("type") != "object":
+        raise Refused(400, kind, f"schema must be a JSON Schema of 'type: \"object\"', got {node.get('type')!r}")
     allowed = {
         "type",
         "properties",
@@ -158,7 +160,7 @@ class AnthropicProtocol:
             form = body["output_config"].get("format", {})
             if form.get("type") != "json_schema":
                 raise Refused(400, bad, "output_config.format.type: Input should be 'json_schema'")
-            _walk_closed(form.get("schema"), bad, all_required=False)
+            _walk_closed(form.get("schema"), bad, all_required=False, root=True)
         for tool in body.get("tools", ()):
             if tool.get("input_schema", {}).get("type") != "object":
                 raise Refused(400, bad, "tools.0.input_schema.type: Input should be 'object'")
@@ -219,7 +221,7 @@ class _OpenAI:
         if not isinstance(form.get("name"), str) or not 0 < len(form["name"]) <= 64:
             raise Refused(400, bad, "Missing required parameter: 'response_format.json_schema.name'")
         if form.get("strict"):
-            _walk_closed(form.get("schema"), bad, all_required=True)
+            _walk_closed(form.get("schema"), bad, all_required=True, root=True)
             if _enum_values(form.get("schema")) > _OPENAIS_MOST_ENUM_VALUES:
                 most = f"Expected at most {_OPENAIS_MOST_ENUM_VALUES} enum values in total within a schema."
                 raise Refused(400, bad, f"Invalid schema for response_format '{form['name']}': {most}")

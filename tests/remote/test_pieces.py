@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+import hypothesis
 import hypothesis.strategies as st
+import jsonschema_rs
 import pytest
 from hypothesis import given
 
@@ -17,6 +20,7 @@ from apprentice.remote.limits import Bucket, Limits
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.schema import parse_schema
 from apprentice.store import Usage
+from apprentice.testing.vendors import GoogleProtocol, _walk_closed
 
 NOW = 1_772_366_400.0
 
@@ -71,7 +75,9 @@ def test_nulls_stay_where_the_author_takes_them() -> None:
 @pytest.mark.parametrize("kinds", [["integer", "null"], ["null", "string"], ["string", "number", "null"]])
 def test_lists_of_types_are_unions(kinds: list[str]) -> None:
     """JSON Schema's usual way of saying that a field may be null is said in each vendor's own way."""
-    schema = {"type": "object", "properties": {"x": {"type": kinds, "minimum": 0}}, "required": ["x"]}
+    schema = parse_schema(
+        {"type": "object", "properties": {"x": {"type": kinds, "minimum": 0}}, "required": ["x"]}
+    ).json_schema
     for convert in (strict, closed):
         converted = convert(schema)
         assert converted is not None
@@ -83,10 +89,126 @@ def test_lists_of_types_are_unions(kinds: list[str]) -> None:
 
 def test_an_enum_with_null_is_nullable_for_gemini() -> None:
     """Its enums hold strings alone; null is said beside them."""
-    schema = {"type": "object", "properties": {"x": {"enum": ["a", "b", None]}}}
+    schema = parse_schema({"type": "object", "properties": {"x": {"enum": ["a", "b", None]}}}).json_schema
     google = gemini(schema)
     assert google is not None
     assert google["properties"]["x"] == {"type": "STRING", "enum": ["a", "b"], "nullable": True}
+
+
+@st.composite
+def _nodes(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
+    """A JSON Schema of any of the shapes that authors write, objects open, closed and put together."""
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "types"]
+    kinds += ["object", "open", "pattern", "allOf", "array", "anyOf", "oneOf", "any"] if depth else []
+    inner = _nodes(depth=depth - 1) if depth else st.nothing()
+    said = {"description": "what it is"} if draw(st.booleans()) else {}
+    match draw(st.sampled_from(kinds)):
+        case "enum":
+            return {"enum": draw(st.lists(_SCALARS, min_size=1, max_size=4, unique_by=repr)), **said}
+        case "const":
+            return {"const": draw(_SCALARS), **said}
+        case "types":
+            types = st.lists(st.sampled_from(["string", "integer", "null", "boolean"]), min_size=1, unique=True)
+            return {"type": draw(types), "minLength": 1, **said}
+        case "any":
+            return said
+        case "array":
+            return {"type": "array", "items": draw(inner), **said}
+        case "anyOf" | "oneOf" as union:
+            return {union: draw(st.lists(inner, min_size=1, max_size=3)), **said}
+        case "object" | "open" | "pattern" | "allOf" as kind:
+            properties = draw(st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=3))
+            required = [name for name in properties if draw(st.booleans())]
+            node: dict[str, Any] = {"type": "object", "properties": properties, "required": required, **said}
+            more: dict[str, Any] = {
+                "open": {"additionalProperties": True},
+                "pattern": {"additionalProperties": False, "patternProperties": {"^x": {"type": "integer"}}},
+                "allOf": {"allOf": [{"properties": {"x1": {"type": "integer"}}}]},
+            }
+            return node | more.get(kind, {"additionalProperties": False})
+        case scalar:
+            return {"type": scalar, **said}
+
+
+_SCALARS = st.sampled_from(["", "a", "b", 0, 1, -5, 2.5, True, False, None])
+
+
+@st.composite
+def _values(draw: st.DrawFn, node: Mapping[str, Any]) -> Any:
+    """A value that is likely to fit."""
+    if "enum" in node or "const" in node:
+        return draw(st.sampled_from(node.get("enum", [node.get("const")])))
+    for union in ("anyOf", "oneOf"):
+        if union in node:
+            return draw(_values(draw(st.sampled_from(node[union]))))
+    kind = node.get("type")
+    match draw(st.sampled_from(kind)) if isinstance(kind, list) else kind:
+        case "object":
+            names = [n for n in node["properties"] if n in node["required"] or draw(st.booleans())]
+            value = {name: draw(_values(node["properties"][name])) for name in names}
+            return value | ({"x1": 7} if draw(st.booleans()) else {})
+        case "array":
+            return draw(st.lists(_values(node["items"]), max_size=2))
+        case "string":
+            return draw(st.sampled_from(["", "a"]))
+        case "integer":
+            return draw(st.integers(-9, 9))
+        case "number":
+            return draw(st.sampled_from([0.5, 3]))
+        case "boolean":
+            return draw(st.booleans())
+        case "null":
+            return None
+        case _:
+            return draw(_SCALARS)
+
+
+def _all_written(node: Mapping[str, Any], value: Any) -> Any:
+    """The value as OpenAI has to write it: fields that are left out are null."""
+    for branch in node.get("anyOf", ()):
+        if jsonschema_rs.is_valid(branch, _all_written(branch, value)):
+            return _all_written(branch, value)
+    if isinstance(value, dict) and "properties" in node:
+        names = [*node["properties"], *value]
+        return {name: _all_written(node["properties"].get(name, {}), value.get(name)) for name in names}
+    if isinstance(value, list) and "items" in node:
+        return [_all_written(node["items"], item) for item in value]
+    return value
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_dialect_forbids_what_the_author_takes(data: st.DataObject) -> None:
+    """A dialect is taken by its vendor as it is, and whatever fits the author's schema fits the dialect too."""
+    node = data.draw(_nodes(depth=1).filter(lambda n: n.get("type") == "object"))
+    node["properties"]["more"] = data.draw(_nodes())
+    value = data.draw(_values(node))
+    hypothesis.assume(jsonschema_rs.is_valid(node, value))
+    for_anthropic, for_openai, for_google = closed(node), strict(node), gemini(node)
+    if for_anthropic is not None:
+        _walk_closed(for_anthropic, "bad", all_required=False, root=True)
+        assert jsonschema_rs.is_valid(for_anthropic, value)
+    if for_openai is not None:
+        _walk_closed(for_openai, "bad", all_required=True, root=True)
+        assert jsonschema_rs.is_valid(for_openai, _all_written(for_openai, value))
+    if for_google is not None:
+        GoogleProtocol()._walk(for_google)
+        assert jsonschema_rs.is_valid(_of_openapi(for_google), value)
+
+
+def _of_openapi(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemini's dialect as the JSON Schema that it means."""
+    if "anyOf" in node:
+        meant: dict[str, Any] = {"anyOf": [_of_openapi(branch) for branch in node["anyOf"]]}
+    else:
+        meant = {key: node[key] for key in ("enum", "required") if key in node}
+        meant["type"] = node["type"].lower()
+        if "properties" in node:
+            meant["properties"] = {name: _of_openapi(child) for name, child in node["properties"].items()}
+            meant["additionalProperties"] = False
+        if "items" in node:
+            meant["items"] = _of_openapi(node["items"])
+    return {"anyOf": [meant, {"type": "null"}]} if node.get("nullable") else meant
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 40)), max_size=60))
