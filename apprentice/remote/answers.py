@@ -13,7 +13,7 @@ from typing import Any
 
 from apprentice.errors import Problem
 from apprentice.remote.dialects import without_null_options
-from apprentice.remote.failures import Failure, of_error, of_response, reports_usage
+from apprentice.remote.failures import Failure, error_inside, of_error, of_response, reports_usage
 from apprentice.remote.provider import Completion, Provider, VendorError
 from apprentice.schema import Schema, SchemaError
 from apprentice.secrets import scrub
@@ -29,11 +29,12 @@ _MOST_SHOWN = 200
 
 def read(provider: Provider, response: Response, now: float) -> Completion | Failure:
     """What a response brings: a completion, or the failure that it is. ``now`` in Unix seconds."""
+    if not 200 <= response.status < 300:
+        return of_response(response, now)
     try:
-        failure = of_response(response, now)
-        if failure is not None:
-            return failure
         body = json.loads(response.content)
+        if (error := error_inside(body)) is not None:
+            return of_error(error, response, now, billed=reports_usage(body))
         try:
             completion = provider.parse(body)
         except VendorError as said:

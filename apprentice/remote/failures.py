@@ -121,15 +121,9 @@ def of_exception(error: Exception) -> Failure:
     return Failure(scrub(what), again=again, billed=not isinstance(error, _NEVER_SENT))
 
 
-def of_response(response: Response, now: float) -> Failure | None:
-    """What a response means that is not 2xx, or holds an error; None for any other. ``now`` in Unix seconds."""
-    body = _json(response.content)
-    if not 200 <= response.status < 300:
-        return of_error(_error_object(body), response, now, status=response.status)
-    error = error_inside(body)
-    if error is None:
-        return None
-    return of_error(error, response, now, billed=reports_usage(body))
+def of_response(response: Response, now: float) -> Failure:
+    """A response that is not 2xx. ``now`` in Unix seconds."""
+    return of_error(_error_object(_json(response.content)), response, now, status=response.status)
 
 
 def error_inside(body: Any) -> dict[str, Any] | None:
@@ -234,7 +228,11 @@ def _message(error: Mapping[str, Any], response: Response) -> str:
     text = said.strip() if isinstance(said, str) else ""
     text = text or _beginning(response).strip()
     text = text or httpx.codes.get_reason_phrase(response.status) or "an error without a text"
-    kind = error.get("type") or error.get("status")
+    metadata = error.get("metadata")
+    upstream = metadata.get("raw") if isinstance(metadata, dict) else None  # what OpenRouter's vendor said
+    if isinstance(upstream, str):
+        text = f"{text}: {upstream.strip()}"
+    kind = error.get("type") or error.get("status") or error.get("code")
     text = f"{kind}: {text}" if isinstance(kind, str) and kind not in text else text
     text = scrub(text)  # before it is cut: half a key is a secret too
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."

@@ -277,7 +277,6 @@ def test_error_bodies(status: int, body: Any, again: bool) -> None:
     """Each vendor's errors are told apart: worth another try or not, and never on the bill."""
     response = httpx.Response(status, json=body) if body is not None else httpx.Response(status, text="<html>oops")
     failure = of_response(received(response), 0.0)
-    assert failure is not None
     assert (failure.status, failure.again, failure.billed) == (status, again, False)
     assert failure.message
 
@@ -286,7 +285,6 @@ def test_error_bodies(status: int, body: Any, again: bool) -> None:
 def test_a_gateway_that_gave_up_may_have_been_billed(status: int) -> None:
     """It says that the vendor was asked and did not finish in time, as a time-out of our own does."""
     failure = of_response(received(httpx.Response(status, text="<html>Gateway time-out")), 0.0)
-    assert failure is not None
     assert (failure.status, failure.again, failure.billed) == (status, True, True)
 
 
@@ -338,6 +336,14 @@ def test_errors_inside_a_200(vendor: str, body: dict[str, Any], status: int | No
     assert (said if isinstance(said, str) else said.get("message", "")) in failure.message
 
 
+def test_what_a_gateways_vendor_said_is_told() -> None:
+    """OpenRouter's own words say nothing; those of whom it asked stand beside them."""
+    error = {"message": "Provider returned error", "code": 400, "metadata": {"raw": "schema: too many enums"}}
+    failure = of_response(received(httpx.Response(400, json={"error": error})), 0.0)
+    assert failure.message == "Provider returned error: schema: too many enums"
+    assert failure.about_format
+
+
 def test_an_error_with_usage_is_on_the_bill() -> None:
     """A vendor that counts the tokens of an answer that failed bills them."""
     body = {"status": "failed", "error": {"code": "server_error", "message": "x"}, "usage": {"output_tokens": 5}}
@@ -369,7 +375,6 @@ ABOUT_FORMAT = [
 def test_refusals_of_the_answers_format(status: int, body: Any, about: bool) -> None:
     """What is refused because of how the answer was asked for is told from what is refused for another reason."""
     failure = of_response(received(httpx.Response(status, json=body)), 0.0)
-    assert failure is not None
     assert failure.about_format is about
 
 
@@ -413,7 +418,6 @@ def test_refusals_of_the_answers_format(status: int, body: Any, about: bool) -> 
 def test_when_to_come_back(headers: dict[str, str], body: Any, seconds: float | None) -> None:
     """Every vendor's way of saying when to try again is understood; ten seconds into 1970."""
     failure = of_response(received(httpx.Response(429, headers=headers, json=body)), 10.0)
-    assert failure is not None
     assert failure.after_s == (None if seconds is None else pytest.approx(seconds))
 
 
@@ -423,7 +427,6 @@ def test_keys_do_not_survive_in_messages() -> None:
     for quoted in (KEY, "sk-proj-********************wxyz"):
         body = {"error": {"message": f"Incorrect API key provided: {quoted}.", "type": "invalid_request_error"}}
         failure = of_response(received(httpx.Response(401, json=body)), 0.0)
-        assert failure is not None
         assert "sk-" not in failure.message
     assert KEY not in repr(provider("anthropic")) + repr(provider("openai")) + repr(provider("google"))
 
