@@ -75,25 +75,36 @@ class Workbench:
         )
         self.store.add_version(record)
 
-    def promote(self, name: str = "mood-v1", *, held_out: int = 0, right: float = 1.0) -> None:
-        """Make a version the champion, after ``held_out`` comparisons of which the share ``right`` agreed."""
+    def told(self) -> set[str]:
+        """The kinds of the events about this task or all of them, those on their way included."""
+        assert self.client.parts.alerts.flush(30)
+        return {event.kind for event in self.store.events()} - {"promoted", "certified", "phase"}
+
+    def promote(
+        self, name: str = "mood-v1", *, held_out: int = 0, right: float = 1.0, unsure: int = 0, wait: bool = True
+    ) -> None:
+        """Make a version the champion, after ``held_out`` comparisons of which the share ``right`` agreed.
+
+        ``unsure`` of them, mixed among the others, come from answers of a low confidence, and half of those disagreed.
+        """
         self.add_version(name, held_out)
         seed = []
         for i in range(held_out):
-            agreed = i < right * held_out
+            doubtful = unsure and i % (held_out // unsure) == 0
+            agreed = i % 4 < 2 if doubtful else i < right * held_out
             remote = LABELS[i % 3]
             comparison = Comparison(
                 id=f"{name}-{i}",
                 score=float(agreed),
                 parts={},
-                confidence=0.9 - 0.001 * (i % 7),
+                confidence=(0.2 if doubtful else 0.9) - 0.001 * (i % 7),
                 local={"label": remote if agreed else LABELS[(i + 1) % 3]},
                 remote={"label": remote},
                 seeded=True,
             )
             seed.append(comparison_record(comparison, task="mood", request_id=comparison.id, version=name, at=0.0))
         self.client.parts.judge.promote("mood", name, seed, reason="test")
-        assert self.client.wait_until_serving("mood", timeout_s=10)
+        assert not wait or self.client.wait_until_serving("mood", timeout_s=10)
 
 
 def settings(tmp_path: Path, vendor: FakeVendor, **more: Any) -> Settings:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apprentice import BudgetExceeded, InputError, OutputError, RemoteRefused, Unavailable, UnknownTask
+from apprentice import router as router_module
+from apprentice.errors import StoreError
 from apprentice.phases import Phase
+from apprentice.remote import Teacher
 from apprentice.store import Store
-from apprentice.testing import Fault
-from tests.conftest import Workbench
+from apprentice.testing import FakeVendor, Fault
+from tests.conftest import Workbench, truth
 
 Bench = Callable[..., Workbench]
 
@@ -54,26 +61,48 @@ def test_in_phase_2_both_answer_and_the_remotes_answer_is_returned(bench: Bench)
     assert at.counted() == {"shadow": 1}
 
 
-def test_in_phase_3_confident_requests_stay_local_and_the_others_are_deferred(bench: Bench) -> None:
-    """What is above the threshold is answered here, but for spot checks; what is below goes to the remote."""
+def test_in_phase_3_confident_requests_stay_local(bench: Bench) -> None:
+    """Once all is certified everything is answered here, but for spot checks, however unsure the local model is."""
     at = bench()
     at.promote(held_out=400)
     assert at.store.policy_row("mood").phase == Phase.SERVE
     for _ in range(100):
         at.run()  # every one checked at first; the rate glides down
-    asked = at.vendor.asked
-    assert asked < 100
-    at.confidence = 0.1
-    threshold = at.store.policy_row("mood").threshold
-    if threshold > 0.1:
-        before = at.counted().get("deferred", 0)
-        for _ in range(20):
-            assert at.run("a fear") == {"label": "fear"}
-        assert at.vendor.asked == asked + 20
-        assert at.counted()["deferred"] > before
+    assert at.vendor.asked < 100
     counts = at.counted()
     assert counts["local"] > 0
-    assert counts["local"] + counts["spot_check"] + counts.get("deferred", 0) == sum(counts.values())
+    assert counts["local"] + counts["spot_check"] == sum(counts.values()) == 100
+
+
+def test_what_is_below_the_threshold_is_deferred_to_the_remote(bench: Bench) -> None:
+    """Where only confident answers agreed, only those are returned; the rest costs a call, and is never served."""
+    at = bench()
+    at.promote(held_out=600, unsure=300)
+    policy = at.store.policy_row("mood")
+    assert policy.phase == Phase.SERVE
+    assert 0.3 < policy.threshold <= 0.9
+    at.confidence, at.local = 0.3, wrong
+    asked = at.vendor.asked
+    for _ in range(20):
+        assert at.run("a fear") == {"label": "fear"}
+    assert at.vendor.asked == asked + 20
+    counts = at.counted()
+    assert counts.get("deferred", 0) + counts["spot_check"] == 20
+    at.confidence, at.local = 0.9, truth
+    for _ in range(300):  # until the rate has come down, so that not every request is a spot check
+        at.run("a joy")
+    at.confidence, at.local = 0.3, wrong
+    before = at.counted()
+    asked = at.vendor.asked
+    for _ in range(40):
+        assert at.run("a fear") == {"label": "fear"}
+    assert at.vendor.asked == asked + 40
+    after = at.counted()
+    assert after["deferred"] > before.get("deferred", 0)
+    assert after["local"] == before["local"] > 0
+    deferred = [c for c in at.store.comparisons("mood", limit=40) if not c.seeded and c.confidence == 0.3]
+    assert deferred
+    assert all((c.probability, c.served) == (1.0, False) for c in deferred)
 
 
 def test_spot_checks_carry_the_probability_with_which_they_were_bought(bench: Bench) -> None:
@@ -94,7 +123,7 @@ def test_a_remote_that_is_down_is_stood_in_for_by_the_local_model(bench: Bench) 
     at.promote()
     assert at.run("a joy") == {"label": "joy"}
     assert at.counted() == {"degraded": 1}
-    assert "remote_unavailable" in {event.kind for event in at.store.events("mood")}
+    assert "remote_unavailable" in at.told()
     assert at.store.count_examples("mood") == 0
 
 
@@ -105,7 +134,7 @@ def test_a_local_model_that_is_down_is_not_noticed_by_the_caller(bench: Bench) -
     at.engine.down = True
     for _ in range(10):
         assert at.run("a joy") == {"label": "joy"}
-    assert "local_unavailable" in {event.kind for event in at.store.events("mood")}
+    assert "local_unavailable" in at.told()
 
 
 def test_with_neither_the_error_names_both_causes(bench: Bench) -> None:
@@ -248,3 +277,299 @@ def test_answers_outside_the_schema_are_watched(bench: Bench) -> None:
     at.client.parts.judge.flush("mood")
     signs = [event.evidence["signs"] for event in at.store.events("mood") if event.kind == "unusual"]
     assert any("invalid" in found for found in signs)
+
+
+# ---------------------------------------------------------------- whatever goes wrong on either side
+
+
+@pytest.mark.parametrize("error", [TypeError("a list"), RecursionError("deep"), MemoryError(), StoreError("gone")])
+@pytest.mark.parametrize("held_out", [0, 400], ids=["phase 2", "phase 3"])
+def test_a_local_answer_at_hand_is_returned_whatever_the_remote_side_raises(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, held_out: int
+) -> None:
+    """A harmless spot check must not cost the caller the answer that was already there."""
+    at = bench()
+    at.promote(held_out=held_out)
+
+    def broken(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Teacher, "ask", broken)
+    for _ in range(10):
+        assert at.run("a joy") == {"label": "joy"}
+    assert at.counted()["degraded"] > 0
+    assert {"remote_failed", "store_unavailable"} & at.told()
+
+
+def test_an_unforeseen_failure_without_a_local_model_is_told_as_unavailable(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` raises what it documents, with the cause in it."""
+    at = bench()
+
+    def broken(*_: Any) -> Any:
+        raise TypeError("a list where a text was expected")
+
+    monkeypatch.setattr(Teacher, "ask", broken)
+    with pytest.raises(Unavailable, match="TypeError: a list where") as caught:
+        at.run()
+    assert isinstance(caught.value.remote, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (Fault("unauthorized"), "remote_refused"),
+        (Fault("schema_violation"), "remote_answer_unusable"),
+        (Fault("server_error"), "remote_unavailable"),
+    ],
+)
+def test_an_alert_says_what_ails_the_remote(bench: Bench, fault: Fault, kind: str) -> None:
+    """A vendor that refuses, or answers nonsense, is not down."""
+    at = bench(faults=[fault] * 20)
+    at.promote()
+    at.run()
+    assert {k for k in at.told() if k.startswith("remote_")} == {kind}
+
+
+def test_an_engine_that_ignores_its_deadline_does_not_hold_the_remotes_answer_back(bench: Bench) -> None:
+    """The caller gets what is there, and the engine is told of."""
+    at = bench(local={"deadline_s": 0.2})
+    at.promote()
+    release = threading.Event()
+
+    def hang(value: Any) -> dict[str, Any]:
+        release.wait(30)
+        return truth(value)
+
+    at.local = hang
+    began = time.monotonic()
+    assert at.run("a fear") == {"label": "fear"}
+    assert time.monotonic() - began < 15
+    release.set()
+    assert "local_unavailable" in at.told()
+
+
+@pytest.mark.parametrize("part", ["rate", "watch", "flush", "compare"])
+def test_judging_that_fails_costs_the_caller_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Evaluators are other people's code, and may raise anything."""
+    at = bench()
+    at.promote()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError(part)
+
+    monkeypatch.setattr(at.client.parts.judge, part, broken)
+    if part == "flush":
+        monkeypatch.setattr(at.client.parts.judge, "watch", lambda *_, **__: True)
+    assert at.run("a fear") == {"label": "fear"}
+    assert at.store.count_examples("mood") == 1
+    told = {"rate": "local_unavailable", "compare": "comparison_failed"}.get(part, "watch_failed")
+    assert told in at.told()
+    monkeypatch.undo()
+
+
+# ---------------------------------------------------------------- a store that is away
+
+
+class Away:
+    """A store that every method of fails while ``there`` is False, as when its server is being restarted."""
+
+    METHODS = (
+        *("policies", "policy_row", "update_state", "complete_remote", "add_counts", "reserve", "open_windows"),
+        *("window_states", "end_calls", "add_event", "add_event_unless_recent", "newest_inputs"),
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there = True
+        self.asked = 0
+        for name in self.METHODS:
+            monkeypatch.setattr(Store, name, self._guarded(getattr(Store, name)))
+
+    def _guarded(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if not self.there:
+                self.asked += 1
+                raise StoreError("the server closed the connection")
+            return real(*given, **named)
+
+        return call
+
+
+class Clock:
+    """Unix seconds that stand still until they are moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_while_the_store_is_away_a_loaded_champion_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its last policy, for ten minutes; it says so once, the counts are kept, and then all is as before."""
+    clock = Clock()
+    at = bench(clock=clock)
+    at.promote(held_out=400)
+    at.run("a joy")
+    store, asked = Away(monkeypatch), at.vendor.asked
+    store.there = False
+    for _ in range(50):
+        clock.now += 1
+        assert at.run("a joy") == {"label": "joy"}
+    assert at.vendor.asked == asked, "nothing can be paid for without the store that keeps the caps"
+    health = at.client.health()
+    assert health.store_away_s is not None
+    assert 45 < health.store_away_s < 60
+    assert health.tasks["mood"].serving == "mood-v1"
+    store.there = True
+    clock.now += 2
+    assert at.run("a joy") == {"label": "joy"}
+    assert at.client.health().store_away_s is None
+    assert at.counted()["degraded"] == 50
+    assert at.client.parts.alerts.flush(60)
+    kinds = [event.kind for event in at.store.events()]
+    assert kinds.count("store_unavailable") == 1
+    assert "store_recovered" in kinds
+
+
+def test_a_store_that_stays_away_ends_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies of yesterday are no policies: after the time of grace callers learn what is the matter."""
+    clock = Clock()
+    at = bench(clock=clock)
+    at.promote(held_out=400)
+    at.run("a joy")
+    store = Away(monkeypatch)
+    store.there = False
+    clock.now += router_module.STORE_GRACE_S - 1
+    assert at.run("a joy") == {"label": "joy"}
+    clock.now += 2
+    with pytest.raises(Unavailable, match="server closed the connection") as caught:
+        at.run("a joy")
+    assert isinstance(caught.value.remote, StoreError)
+    store.there = True
+    clock.now += 2
+    assert at.run("a joy") == {"label": "joy"}
+
+
+def test_without_a_champion_a_store_that_is_away_is_what_the_caller_hears_of(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In phase 1 nobody can answer; no vendor is blamed."""
+    at = bench()
+    store = Away(monkeypatch)
+    store.there = False
+    with pytest.raises(Unavailable, match="the store: the server closed"):
+        at.run()
+    store.there = True
+    assert not any(kind.startswith("remote_") for kind in at.told())
+
+
+def test_many_requests_at_once_do_not_each_try_a_store_that_is_away(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One a second does."""
+    clock = Clock()
+    at = bench(clock=clock)
+    at.promote(held_out=400)
+    at.run()
+    store = Away(monkeypatch)
+    store.there = False
+    clock.now += 2
+    at.run()
+    tried = store.asked
+    policies = []
+    real = Store.policies
+    monkeypatch.setattr(Store, "policies", lambda self: policies.append(1) or real(self))
+    for _ in range(30):
+        at.run()
+    assert policies == []
+    assert tried >= 1
+    store.there = True
+
+
+def test_a_paid_answer_is_returned_though_it_cannot_be_recorded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried for a while, then the caller has it, and it is recorded when the store takes it again."""
+    monkeypatch.setattr(router_module, "RECORD_S", 0.3)
+    at = bench(budget={"daily": 10})
+    real, tries = Store.complete_remote, []
+
+    def broken(self: Store, **given: Any) -> Any:
+        tries.append(1)
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Store, "complete_remote", broken)
+    assert at.run("a fear") == {"label": "fear"}
+    assert len(tries) > 1
+    assert at.store.count_examples("mood") == 0
+    assert "record_delayed" in at.told()
+    assert not any(kind.startswith("remote_") for kind in at.told())
+    monkeypatch.setattr(Store, "complete_remote", real)
+    ends = time.monotonic() + 30
+    while len(at.client.parts.backlog) and time.monotonic() < ends:
+        time.sleep(0.05)
+    (example,) = at.store.examples("mood")
+    assert example.output == {"label": "fear"}
+    assert at.counted() == {"remote": 1}
+    at.client.close()
+    with Store.open(at.client.settings.store_url) as store:
+        (row,) = store.spend()
+        assert (row.state, row.calls) == ("settled", 1)
+
+
+def test_a_commit_that_fails_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment's failure is nothing to tell of: it is one example and one price."""
+    at = bench()
+    real, tries = Store.complete_remote, []
+
+    def flaky(self: Store, **given: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise StoreError("the server closed the connection")
+        return real(self, **given)
+
+    monkeypatch.setattr(Store, "complete_remote", flaky)
+    assert at.run("a fear") == {"label": "fear"}
+    assert len(tries) == 3
+    assert at.store.count_examples("mood") == 1
+    assert [(row.state, row.calls) for row in at.store.spend()] == [("settled", 1)]
+    assert at.told() == set()
+
+
+def test_what_cannot_be_recorded_before_the_end_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the requests and what they cost."""
+    monkeypatch.setattr(router_module, "RECORD_S", 0.1)
+    at = bench()
+    real = Store.complete_remote
+
+    def broken(self: Store, **given: Any) -> Any:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Store, "complete_remote", broken)
+    at.run()
+    at.run()
+    at.client.close()
+    monkeypatch.setattr(Store, "complete_remote", real)
+    with Store.open(at.client.settings.store_url) as store:
+        (event,) = [e for e in store.events() if e.kind == "record_lost"]
+    assert event.evidence["answers"] == 2
+    assert all(float(one["cost"]) > 0 for one in event.evidence["newest"])
+
+
+def test_a_requests_deadline_bounds_its_waiting_for_the_store(bench: Bench, tmp_path: Path) -> None:
+    """Another process holds the write lock for far longer: the request ends, near its deadline."""
+    at = bench(remote=at_deadline(1.0))
+    at.run()
+    with sqlite3.connect(tmp_path / "apprentice.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with contextlib.suppress(Unavailable):
+            at.run()
+        assert time.monotonic() - began < 15  # 60 s is how long SQLite would wait
+        other.execute("ROLLBACK")
+    other.close()
+    assert at.run("a fear") == {"label": "fear"}
+
+
+def at_deadline(seconds: float) -> dict[str, Any]:
+    return {**FakeVendor("anthropic").settings(max_retries=1), "deadline_s": seconds}
