@@ -154,6 +154,7 @@ def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:
             adapter=Path(record.adapter) if record.adapter else None,
             output_schema=settings.task(task).output_schema,
             remote_model=record.remote_model,
+            input_schema=settings.task(task).input_schema,
         )
 
     return lookup

@@ -21,7 +21,7 @@ from typing import Any
 from apprentice.config import TaskSettings
 from apprentice.errors import TrainingError
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema, SchemaError
+from apprentice.schema import Schema, SchemaError, compact_json
 from apprentice.store.records import ExampleRecord
 from flows.dataset import Card, CuratedDataset, adopt_dataset, plain
 from flows.duplicates import Duplicates, normalised
@@ -111,9 +111,8 @@ def _survey(examples: Iterator[_Usable], task: TaskSettings, held_out: float) ->
     while page := list(islice(examples, _PAGE)):
         survey.high_water = page[-1][0].seq
         usable = [(value, output) for _, value, output in page if value is not None]
-        texts = [normalised(compact_prompt(value)) for value, _ in usable]
+        texts = [compact_prompt(value, task.input_schema) for value, _ in usable]
         seen = duplicates.add_page(texts)
-        of_text = iter(texts)
         for _, value, output in page:
             place = len(survey.fate)
             survey.fate.append(_DROPPED)
@@ -122,15 +121,26 @@ def _survey(examples: Iterator[_Usable], task: TaskSettings, held_out: float) ->
             if value is None:
                 survey.invalid += 1
                 continue
-            text, this = next(of_text), next(seen)
+            this = next(seen)
             numbers.append(place)
             if this.equal_to >= 0:
                 _note_equal(survey, place, numbers[this.equal_to])
             elif this.near:
                 _note_near(survey, place, [numbers[i] for i in this.near])
             else:
-                survey.fate[place] = _HELD_OUT if is_held_out(task.name, text, held_out) else _TRAIN
+                survey.fate[place] = _HELD_OUT if is_held_out(task.name, _split_text(value), held_out) else _TRAIN
     return survey
+
+
+def _split_text(value: Mapping[str, Any]) -> str:
+    """The text by whose hash an input is held out or not. It must never change, whatever prompts look like.
+
+    A champion's held-out examples stay those that it never trained on.
+    """
+    fields = [(name, inner) for name, inner in value.items() if inner not in (None, {}, [])]
+    if len(fields) == 1 and isinstance(fields[0][1], str):
+        return normalised(fields[0][1])
+    return normalised("\n".join(f"{name}: {v if isinstance(v, str) else compact_json(v)}" for name, v in fields))
 
 
 def _note_equal(survey: _Survey, place: int, first: int) -> None:
@@ -239,7 +249,7 @@ def _count(counts: Counter[str], value: Any) -> None:
 
 
 def _answer_hash(output: Mapping[str, Any]) -> int:
-    digest = hashlib.blake2b(Schema.dumps(output).encode(errors="surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(Schema.dumps(output).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

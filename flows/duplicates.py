@@ -1,10 +1,10 @@
 """Finding inputs that were seen before, exactly or nearly, among a million, in bounded memory.
 
-Exact duplicates share the hash of their normalised text. Near duplicates are found by MinHash signatures of word
-shingles (Broder 1997; datasketch computes them) and banding (Leskovec et al., Mining of Massive Datasets, 3.4): two
-texts whose shingle sets overlap by 0.85 (Jaccard) share at least one of 8 bands of 8 values with probability 0.92,
-and every candidate is checked against the whole signature. The tables are flat arrays of machine integers: about 500
-bytes an input.
+Exact duplicates share the hash of their text, to the letter: whether "Apple" names a company may hang on its case. Near
+duplicates are alike once case and white space are folded: they are found by MinHash signatures of word shingles (Broder
+1997; datasketch computes them) and banding (Leskovec et al., Mining of Massive Datasets, 3.4): two texts whose shingle
+sets overlap by 0.85 (Jaccard) share at least one of 8 bands of 8 values with probability 0.92, and every candidate is
+checked against the whole signature. The tables are flat arrays of machine integers: about 500 bytes an input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPACES = re.compile(r"\s+")
 
 
 def normalised(text: str) -> str:
-    """Text with what does not matter to a reader removed: case and white space."""
+    """Text with what seldom matters removed: case and white space."""
     return _SPACES.sub(" ", text).strip().casefold()
 
 
@@ -93,10 +93,10 @@ class Duplicates:
         self._count = 0
 
     def add_page(self, texts: Sequence[str]) -> Iterator[Seen]:
-        """Add inputs, given as normalised text."""
+        """Add inputs, given as the text that a model is asked."""
         from datasketch import MinHash  # type: ignore[import-untyped]  # it ships no types
 
-        sketches = MinHash.bulk([_shingles(text) for text in texts], num_perm=_PERMUTATIONS, seed=1)
+        sketches = MinHash.bulk([_shingles(normalised(text)) for text in texts], num_perm=_PERMUTATIONS, seed=1)
         for text, sketch in zip(texts, sketches, strict=True):
             yield self._add(text, (sketch.hashvalues & 0xFFFFFFFF).astype(self._np.uint32))
 

@@ -103,6 +103,7 @@ def training_job(shop: Workshop, run: RunRecord, dataset: Path) -> TrainingJob:
         adapters=shop.adapters(run.task),
         settings=local.training,
         instructions=task.instructions,
+        input_schema=task.input_schema,
     )
 
 

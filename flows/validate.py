@@ -59,10 +59,10 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     advance(shop, run, "validate")
     trained = Trained(**_needed(bench))
     rows = list(read_rows(load_dataset(shop.datasets(run.task), run.data_digest).held_out))
-    schema = shop.task(run.task).output_schema
+    schema, takes = shop.task(run.task).output_schema, shop.task(run.task).input_schema
     evaluate = shop.judge.evaluator(run.task)
     engine = shop.engine
-    engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model))
+    engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
     inputs = [row.input for row in rows]
     answers = _answer_all(engine, trained.version, inputs, lambda done: shop.progress("validate", done))
@@ -84,7 +84,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
         judged.append(
             Answered(row.id, local, dict(row.output), score, dict(parts), confidence, champion_scores.get(row.id))
         )
-    active, reproduced, notes = _probe(engine, trained, run.task, schema, inputs, answers)
+    active, reproduced, notes = _probe(engine, trained, run.task, schema, takes, inputs, answers)
     result = _figures(judged, evaluate, trained.version, champion, active, reproduced, rate, notes)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.metrics(
@@ -146,8 +146,8 @@ def _champion_scores(
         if record is None:
             raise TrainingError(f"the store holds no version {champion!r}, the champion of {task!r}; was it deleted?")
         adapter = Path(record.adapter) if record.adapter and not record.remote_model else None
-        schema = shop.task(task).output_schema
-        shop.engine.load(Version(champion, task, adapter, schema, record.remote_model))
+        schema, takes = shop.task(task).output_schema, shop.task(task).input_schema
+        shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
         answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
         for (row_id, _, output), answer in zip(missing, answers, strict=True):
             known[row_id] = evaluate(answer.output, output).score if isinstance(answer, LocalAnswer) else 0.0
@@ -159,6 +159,7 @@ def _probe(
     trained: Trained,
     task: str,
     schema: Schema,
+    takes: Schema,
     inputs: Sequence[Mapping[str, Any]],
     answers: Sequence[LocalAnswer | Exception],
 ) -> tuple[bool, float, list[str]]:
@@ -179,7 +180,7 @@ def _probe(
     reproduced = same / len(chosen) if chosen else 0.0
     if trained.remote_model:
         return True, reproduced, ["served by its vendor: the base model's answers were not compared"]
-    base = Version(f"{_BASE}{task}", task, None, schema)
+    base = Version(f"{_BASE}{task}", task, None, schema, None, takes)
     engine.load(base)
     try:
         untrained = engine.answer_many(base.name, [value for value, _ in chosen])

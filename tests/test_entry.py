@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -15,10 +15,11 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from apprentice import Apprentice, AsyncApprentice, InputError, OutputError
+from apprentice.local.engine import Version
 from apprentice.testing import FakeEngine, FakeVendor
 from apprentice.testing.remote import Vendor
 from serving.app import create_app
-from tests.conftest import settings
+from tests.conftest import Workbench, settings
 
 VENDORS: list[Vendor] = ["anthropic", "openai", "openai_responses", "google"]
 
@@ -94,6 +95,21 @@ def test_what_the_author_says_of_a_field_reaches_the_vendor(tmp_path: Path, vend
     with open_client(tmp_path, {"country": "DE"}, vendor=vendor, bodies=bodies, output_schema=schema) as client:
         client.run("mood", {"text": "x"})
     assert says.encode() in bodies[0]
+
+
+def test_the_local_model_is_asked_by_the_tasks_own_schema(
+    tmp_path: Path, bench: Callable[..., Workbench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a version is trained on is what it is asked, and that hangs on the fields that an input may have."""
+    loaded: list[Version] = []
+    monkeypatch.setattr(FakeEngine, "load", lambda self, version, load=FakeEngine.load: (
+        loaded.append(version), load(self, version)
+    ))  # fmt: skip
+    room = bench()
+    room.promote()
+    (version,) = loaded
+    assert version.input_schema == room.client.parts.settings.task("mood").input_schema
+    assert version.prompt({"text": "a fear"}) == "a fear"
 
 
 def test_half_an_emoji_is_replaced_once_and_the_same_everywhere(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from apprentice.local.decoding import Decoding
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
-from apprentice.prompts import compact_prompt
+from apprentice.schema import compact_json
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ class EmbeddedEngine:
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
         """Answer many inputs, of similar lengths together; single requests go first."""
-        order = sorted(range(len(values)), key=lambda i: len(compact_prompt(values[i])))
+        order = sorted(range(len(values)), key=lambda i: len(compact_json(values[i])))
         requests = {i: self._ask(version, values[i], float("inf"), self._patient) for i in order}
         answers: list[LocalAnswer | Exception] = []
         for i in range(len(values)):
@@ -386,7 +386,7 @@ class EmbeddedEngine:
         assert self._vocabulary is not None
         held = request.held
         most = self._max_new_tokens if held.version.adapter else min(self._max_new_tokens, _UNTRAINED_TOKENS)
-        text = self._vocabulary.tokens(compact_prompt(request.value))
+        text = self._vocabulary.tokens(held.version.prompt(request.value))
         request.prompt_tokens = len(held.prefix) + len(text) + len(held.suffix)
         room = self._longest - request.prompt_tokens
         if room <= 0:

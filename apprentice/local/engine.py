@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from apprentice.prompts import compact_prompt
 from apprentice.schema import Schema
 
 __all__ = ["Engine", "Health", "LoadedVersion", "LocalAnswer", "Version"]
@@ -21,7 +22,8 @@ class Version:
     """A trained version of a task's local model, as an engine needs to know it.
 
     ``adapter`` is the folder the trainer wrote (PEFT files and frame.json), or None for the untrained base model;
-    ``remote_model`` is set instead where a vendor serves the fine-tuned model.
+    ``remote_model`` is set instead where a vendor serves the fine-tuned model. ``input_schema`` is the task's, by which
+    prompts are written; None if every input has the same fields.
     """
 
     name: str
@@ -29,6 +31,11 @@ class Version:
     adapter: Path | None
     output_schema: Schema
     remote_model: str | None = None
+    input_schema: Schema | None = None
+
+    def prompt(self, value: Mapping[str, Any]) -> str:
+        """What the model is asked for an input: what it was trained on."""
+        return compact_prompt(value, self.input_schema)
 
 
 @dataclass(frozen=True, slots=True)

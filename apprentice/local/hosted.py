@@ -24,7 +24,6 @@ from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.served import ask_all, post
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
-from apprentice.prompts import compact_prompt
 from apprentice.remote.dialects import strict, without_null_options
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.schema import SchemaError
@@ -106,7 +105,7 @@ class HostedEngine:
         """Answer one input, for money."""
         ends_at = time.monotonic() + deadline_s
         with self._versions.using(version) as held:
-            messages = [{"role": "user", "content": compact_prompt(value)}]
+            messages = [{"role": "user", "content": held.version.prompt(value)}]
             reply = post(self._client, "OpenAI", "chat/completions", {**held.body, "messages": messages}, ends_at)
         return self._read(held, reply)
 

@@ -29,7 +29,6 @@ from apprentice.local.frame import Frame
 from apprentice.local.served import Courtesy, post
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
-from apprentice.prompts import compact_prompt
 from apprentice.schema import SchemaError
 
 __all__ = ["OllamaEngine"]
@@ -95,7 +94,7 @@ class OllamaEngine:
         with self._versions.using(version) as held:
             body = {
                 "model": held.model,
-                "prompt": held.frame.render(compact_prompt(value)),
+                "prompt": held.frame.render(held.version.prompt(value)),
                 "raw": True,
                 "stream": False,
                 "format": held.version.output_schema.json_schema,

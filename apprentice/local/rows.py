@@ -11,7 +11,6 @@ from typing import Any
 
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
-from apprentice.prompts import compact_prompt
 
 __all__ = ["Row", "training_row"]
 
@@ -24,14 +23,14 @@ class Row:
     decided: list[bool]
 
 
-def training_row(
-    tokenizer: Any, frame: Frame, skeleton: Skeleton, value: Mapping[str, Any], output: Mapping[str, Any]
-) -> Row:
-    """Tokenise one example piece by piece. ``output`` fits the skeleton's schema.
+def training_row(tokenizer: Any, frame: Frame, skeleton: Skeleton, prompt: str, output: Mapping[str, Any]) -> Row:
+    """Tokenise one example piece by piece: `compact_prompt` of its input, and an ``output`` that fits the skeleton.
+
+    Raises ValueError if the output does not follow the skeleton.
 
     What follows the last decided piece is left out: no loss lies there, and an engine does not compute it either.
     """
-    ids = frame.encode(tokenizer, compact_prompt(value))
+    ids = frame.encode(tokenizer, prompt)
     decided = [False] * len(ids)
     for piece in skeleton.pieces(output):
         tokens = tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True).input_ids

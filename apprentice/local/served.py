@@ -31,7 +31,6 @@ from apprentice.local.decoding import Decoding
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Free, Skeleton
-from apprentice.prompts import compact_prompt
 
 __all__ = ["Completer", "Courtesy", "Framed", "Pieces", "Written", "answer_by", "ask_all", "post", "refusal"]
 
@@ -96,7 +95,7 @@ class Framed:
 
 def answer_by(server: Completer, framed: Framed, value: Mapping[str, Any], most: int, ends_at: float) -> LocalAnswer:
     """Answer one input. ``ends_at`` is on the monotonic clock. Raises `EngineUnavailable`, `OutputError`."""
-    tokens = [*framed.prefix, *server.encode(compact_prompt(value), ends_at), *framed.suffix]
+    tokens = [*framed.prefix, *server.encode(framed.version.prompt(value), ends_at), *framed.suffix]
     prompt_tokens = len(tokens)
     decoding = Decoding(framed.version.task, framed.skeleton, lambda text: server.pieces(text, ends_at), (), most)
     tokens += decoding.pending

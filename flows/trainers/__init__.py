@@ -49,6 +49,7 @@ class TrainingJob:
     adapters: Path
     settings: TrainingSettings
     instructions: str = ""
+    input_schema: Schema | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class AxolotlTrainer:
         rows = list(read_rows(job.dataset))
         data, output = job.work / "axolotl.jsonl", job.work / "axolotl"
         skeleton = Skeleton.of(job.output_schema)
-        count, left_out = write_labelled(rows, data, tokenizer, skeleton, job.settings.max_length)
+        count, left_out = write_labelled(rows, data, tokenizer, skeleton, job.settings.max_length, job.input_schema)
         # Axolotl trains every layer: what makes the upper ones enough on a CPU is not in it.
         recipe = choose(job.settings, rows=count, layers=1, on_gpu=True)
         settings = axolotl_config(recipe, base=base.path, data=data, output=output, max_length=job.settings.max_length)

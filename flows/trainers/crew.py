@@ -137,6 +137,8 @@ def read_job(path: Path) -> tuple[TrainingJob, bool]:
         order[name] = Path(order[name])
     order["settings"] = TrainingSettings.model_validate(order["settings"])
     order["output_schema"] = schema_of_document(order["output_schema"])
+    if order["input_schema"] is not None:
+        order["input_schema"] = schema_of_document(order["input_schema"])
     return TrainingJob(**order), every_layer
 
 
@@ -145,6 +147,7 @@ def _plain(job: TrainingJob) -> dict[str, Any]:
     return {
         "task": job.task,
         "output_schema": job.output_schema.json_schema,
+        "input_schema": job.input_schema.json_schema if job.input_schema else None,
         "base_model": job.base_model,
         "settings": job.settings.model_dump(mode="json"),
         "instructions": job.instructions,

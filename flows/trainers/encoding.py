@@ -12,6 +12,8 @@ from typing import Any
 from apprentice.local.frame import Frame
 from apprentice.local.rows import training_row
 from apprentice.local.skeleton import Skeleton
+from apprentice.prompts import compact_prompt
+from apprentice.schema import Schema
 from flows.trainers import TrainingRow
 
 __all__ = ["TokenRow", "encode"]
@@ -27,16 +29,27 @@ class TokenRow:
 
 
 def encode(
-    rows: Iterable[TrainingRow], tokenizer: Any, frame: Frame, skeleton: Skeleton, max_length: int
+    rows: Iterable[TrainingRow],
+    tokenizer: Any,
+    frame: Frame,
+    skeleton: Skeleton,
+    max_length: int,
+    input_schema: Schema | None = None,
 ) -> tuple[list[TokenRow], int]:
-    """Token rows, repeated as the rows ask, and how many rows were left out as longer than ``max_length`` tokens.
+    """Token rows, repeated as the rows ask, and how many rows were left out.
+
+    Left out are rows longer than ``max_length`` tokens, and answers that do not follow the skeleton.
 
     The last token is only ever a target, so it is not among the row's tokens: serving never reads it either.
     """
     encoded: list[TokenRow] = []
     left_out = 0
     for row in rows:
-        whole = training_row(tokenizer, frame, skeleton, row.input, row.output)
+        try:
+            whole = training_row(tokenizer, frame, skeleton, compact_prompt(row.input, input_schema), row.output)
+        except ValueError:  # an answer that no engine could have written; one row stops no run
+            left_out += 1
+            continue
         if len(whole.ids) > max_length:
             left_out += 1
             continue

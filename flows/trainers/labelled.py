@@ -13,6 +13,7 @@ from typing import Any
 
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
+from apprentice.schema import Schema
 from flows.trainers import TrainingRow
 from flows.trainers.encoding import TokenRow, encode
 
@@ -31,10 +32,15 @@ def labelled(row: TokenRow) -> dict[str, list[int]]:
 
 
 def write_labelled(
-    rows: Iterable[TrainingRow], path: Path, tokenizer: Any, skeleton: Skeleton, max_length: int
+    rows: Iterable[TrainingRow],
+    path: Path,
+    tokenizer: Any,
+    skeleton: Skeleton,
+    max_length: int,
+    input_schema: Schema | None = None,
 ) -> tuple[int, int]:
-    """Write JSON Lines; returns how many rows there are, and how many were left out as too long."""
-    encoded, left_out = encode(rows, tokenizer, Frame.of_tokenizer(tokenizer), skeleton, max_length)
+    """Write JSON Lines; returns how many rows there are, and how many were left out."""
+    encoded, left_out = encode(rows, tokenizer, Frame.of_tokenizer(tokenizer), skeleton, max_length, input_schema)
     with path.open("w", encoding="utf-8") as file:
         for row in encoded:
             file.write(json.dumps(labelled(row)) + "\n")

@@ -32,11 +32,11 @@ _ENDED = ("succeeded", "failed", "cancelled")
 _CHARACTERS_PER_TOKEN = 3.0  # on the safe side for any language that is written with letters
 
 
-def chat_lines(rows: Iterable[TrainingRow]) -> Iterator[str]:
+def chat_lines(rows: Iterable[TrainingRow], input_schema: Schema | None = None) -> Iterator[str]:
     """The rows as chat turns. No system turn: like every local model, it is told nothing but the input."""
     for row in rows:
         turns = [
-            {"role": "user", "content": compact_prompt(row.input)},
+            {"role": "user", "content": compact_prompt(row.input, input_schema)},
             {"role": "assistant", "content": Schema.dumps(row.output)},
         ]
         for _ in range(row.repeat):
@@ -136,7 +136,7 @@ class OpenAITrainer:
             after = f"&after={page['data'][-1]['id']}"
 
     def _start(self, job: TrainingJob, rows: list[TrainingRow]) -> dict[str, Any]:
-        content = "\n".join(chat_lines(rows)).encode() + b"\n"
+        content = "\n".join(chat_lines(rows, job.input_schema)).encode() + b"\n"
         files = {"file": (f"{_identity(job)}.jsonl", content, "application/jsonl")}
         uploaded = self._call("POST", "/files", data={"purpose": "fine-tune"}, files=files)
         return self._call(

@@ -81,16 +81,26 @@ class PeftTrainer:
             recipe = replace(recipe, trained_layers=model.config.num_hidden_layers)
         spared = set(random.Random(recipe.seed).sample(range(len(rows)), recipe.validation))
         encoded, left_out = encode(
-            (row for i, row in enumerate(rows) if i not in spared), tokenizer, frame, skeleton, job.settings.max_length
+            (row for i, row in enumerate(rows) if i not in spared),
+            tokenizer,
+            frame,
+            skeleton,
+            job.settings.max_length,
+            job.input_schema,
         )
         validation, too_long = encode(
-            (replace(rows[i], repeat=1) for i in sorted(spared)), tokenizer, frame, skeleton, job.settings.max_length
+            (replace(rows[i], repeat=1) for i in sorted(spared)),
+            tokenizer,
+            frame,
+            skeleton,
+            job.settings.max_length,
+            job.input_schema,
         )
         left_out += too_long
         if not encoded:
             raise TrainingError(
-                f"task {job.task!r} has no row to train on: {len(rows)} rows, {left_out} of them longer than "
-                f"local.training.max_length ({job.settings.max_length} tokens); raise it"
+                f"task {job.task!r} has no row to train on: {len(rows)} rows, {left_out} left out as outside the "
+                f"schema or longer than local.training.max_length ({job.settings.max_length} tokens); raise it"
             )
         torch.manual_seed(recipe.seed)
         lora = with_lora(model, recipe, base.name)

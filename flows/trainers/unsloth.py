@@ -66,7 +66,9 @@ class UnslothTrainer:
         )
         frame = Frame.of_tokenizer(tokenizer)
         rows = list(read_rows(job.dataset))
-        encoded, left_out = encode(rows, tokenizer, frame, Skeleton.of(job.output_schema), job.settings.max_length)
+        encoded, left_out = encode(
+            rows, tokenizer, frame, Skeleton.of(job.output_schema), job.settings.max_length, job.input_schema
+        )
         recipe = choose(job.settings, rows=len(encoded), layers=1, on_gpu=True)
         model = FastLanguageModel.get_peft_model(
             model,

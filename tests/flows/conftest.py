@@ -38,6 +38,7 @@ class RoteEngine:
         self.invalid = False
 
     def load(self, version: Version) -> None:
+        assert version.input_schema is not None, "prompts are written by the task's input schema"
         self.versions[version.name] = version
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
@@ -90,6 +91,7 @@ class RoteTrainer:
         return self.bill * 2
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
+        assert job.input_schema is not None, "prompts are written by the task's input schema"
         if self.failures:
             raise self.failures.pop(0)
         rows = list(read_rows(job.dataset))

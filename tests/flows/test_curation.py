@@ -7,6 +7,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from apprentice.config import TaskSettings
 from apprentice.errors import TrainingError
+from apprentice.schema import parse_schema
 from apprentice.store.records import ExampleRecord
 from flows.curation import curate_examples, is_held_out
 from flows.dataset import CuratedDataset, load_dataset
@@ -75,9 +77,62 @@ def test_the_same_examples_give_the_same_dataset(tmp_path: Path) -> None:
 
 def test_exact_duplicates_are_dropped(tmp_path: Path) -> None:
     """The same input twice is one row."""
-    examples = [*_different(40), _example(41, _different(40)[0].input["text"].upper())]
+    examples = [*_different(40), _example(41, _different(40)[0].input["text"])]
     card = _curate(examples, tmp_path).card
     assert (card.exact_duplicates, card.trained_on + card.held_out) == (1, 40)
+
+
+def test_case_is_kept_where_the_answer_hangs_on_it(tmp_path: Path) -> None:
+    """An apple and Apple are two inputs with two answers, on one side; shouting the same thing is a near duplicate."""
+    pairs = [(f"{word} pie {i}", f"{word.title()} pie {i}") for i, word in enumerate(WORDS)]
+    examples = [
+        _example(2 * i + j, text, mood)
+        for i, pair in enumerate(pairs)
+        for j, (text, mood) in enumerate(zip(pair, ("glad", "sad"), strict=True))
+    ]
+    dataset = _curate([*examples, _example(99, pairs[0][0].upper(), "glad")], tmp_path)
+    sides = [_rows(dataset.train), _rows(dataset.held_out)]
+    assert sum(map(len, sides)) == 2 * len(pairs)
+    assert (dataset.card.exact_duplicates, dataset.card.near_duplicates, dataset.card.conflicts) == (0, 1, 0)
+    assert all((f"r{2 * i}" in side) == (f"r{2 * i + 1}" in side) for side in sides for i in range(len(pairs)))
+
+
+def test_two_fields_with_one_text_are_two_inputs(tmp_path: Path) -> None:
+    """A question and a statement of the same words may have opposite answers; neither outvotes the other."""
+    task = TASK.model_copy(update={"input_schema": parse_schema({"question": "str?", "statement": "str?"})})
+    rows = [
+        replace(_example(i, "", mood), input={field: f"it is {WORDS[i // 2]}"})
+        for i, (field, mood) in enumerate([("question", "glad"), ("statement", "sad")] * 15)
+    ]
+    card = _curate(rows, tmp_path, task=task).card
+    assert (card.exact_duplicates, card.conflicts, card.trained_on + card.held_out) == (0, 0, 30)
+
+
+def test_a_row_that_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
+    """Old rows exist from before anything was refused: half a surrogate is mended, NaN and nesting are left out."""
+    task = TASK.model_copy(update={"output_schema": parse_schema({"mood": "str", "score": "any?"})})
+    deep: Any = 1
+    for _ in range(150):
+        deep = [deep]
+    odd = [
+        replace(_example(51, "half \ud83d of it"), output={"mood": "half \ud83d"}),
+        replace(_example(52, "not a number"), output={"mood": "glad", "score": float("nan")}),
+        replace(_example(53, "too large"), output={"mood": "glad", "score": float("inf")}),
+        replace(_example(54, "too deep"), output={"mood": "glad", "score": deep}),
+        replace(_example(55, "too long"), output={"mood": "glad", "score": 10**40}),
+        replace(_example(56, ""), input={"text": 3}),
+    ]
+    dataset = _curate([*_different(40), *odd], tmp_path, task=task)
+    assert (dataset.card.invalid, dataset.card.trained_on + dataset.card.held_out) == (5, 41)
+    rows = {**_rows(dataset.train), **_rows(dataset.held_out)}
+    assert (rows["r51"]["input"], rows["r51"]["output"]) == ({"text": "half \ufffd of it"}, {"mood": "half \ufffd"})
+
+
+def test_the_split_hangs_on_nothing_that_prompts_may_change(tmp_path: Path) -> None:
+    """Which examples are held out is fixed for good, to the very rows: champions of long ago never trained on them."""
+    dataset = _curate(_different(40), tmp_path)
+    held_out = ["r1", "r11", "r16", "r18", "r23", "r29", "r32", "r35", "r36", "r37", "r8", "r9"]
+    assert sorted(_rows(dataset.held_out)) == held_out
 
 
 def test_near_duplicates_stay_on_one_side(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from apprentice.local.engine import Version
 from apprentice.local.frame import Frame
 from apprentice.local.rows import training_row
 from apprentice.local.skeleton import Skeleton
+from apprentice.prompts import compact_prompt
 from apprentice.schema import Schema, parse_schema
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -163,7 +164,9 @@ def _train(base: BaseModel, folder: Path, task: str, schema: Schema, rows: Seque
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lora = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    encoded = [training_row(tokenizer, frame, Skeleton.of(schema), value, output) for value, output in rows]
+    encoded = [
+        training_row(tokenizer, frame, Skeleton.of(schema), compact_prompt(value), output) for value, output in rows
+    ]
     longest = max(len(row.ids) for row in encoded)
     ids = torch.tensor([row.ids + [tokenizer.pad_token_id] * (longest - len(row.ids)) for row in encoded])
     labels = torch.tensor(
