@@ -12,18 +12,17 @@ __all__ = ["Headroom", "Plan", "Policy", "Reason", "accepts", "decide"]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A task's policy snapshot.
+    """How to treat a request that ``version`` of the local model may answer; None while there is no version.
 
-    ``threshold`` is the least local confidence that is trusted: None where nothing is certified, 0.0 where everything
-    is. ``sampling_rate`` is the probability in phase 3 that a request is checked against the remote whatever its
-    confidence. ``forced`` counts the requests that somebody asked to be checked regardless.
+    ``threshold`` is the least local confidence that is trusted: None if nothing is certified, 0.0 if everything is.
+    ``sampling_rate`` is the probability in phase 3 that a request is checked against the remote whatever its
+    confidence.
     """
 
     phase: Phase = Phase.COLLECT
-    champion: str | None = None
+    version: str | None = None
     threshold: float | None = None
     sampling_rate: float = 1.0
-    forced: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ def decide(policy: Policy, headroom: Headroom, draw: float) -> Plan:
     The spot check is drawn before the local model is asked and regardless of what it will answer. That
     independence is what the estimates of section 6 rest on.
     """
-    local = policy.champion is not None and policy.phase is not Phase.COLLECT and headroom.local_healthy
+    local = policy.version is not None and policy.phase is not Phase.COLLECT and headroom.local_healthy
     # Nothing can be paid for without the store, which keeps the caps.
     remote = headroom.remote_affordable and headroom.remote_healthy and headroom.store_there
     if not headroom.store_there:
@@ -85,7 +84,7 @@ def decide(policy: Policy, headroom: Headroom, draw: float) -> Plan:
             return Plan(True, False, down, 0.0)
         lacking = Reason.NOBODY if not headroom.remote_healthy else Reason.NO_BUDGET_NO_LOCAL
         return Plan(False, False, lacking, 0.0)
-    if policy.phase is Phase.COLLECT or policy.champion is None:
+    if policy.phase is Phase.COLLECT or policy.version is None:
         return Plan(False, True, Reason.COLLECTING, 1.0)
     if not local:
         return Plan(False, True, Reason.LOCAL_DOWN, 1.0)
@@ -93,7 +92,7 @@ def decide(policy: Policy, headroom: Headroom, draw: float) -> Plan:
         return Plan(True, True, Reason.SHADOWING, 1.0)
     if policy.threshold is None:
         return Plan(True, True, Reason.NOTHING_CERTIFIED, 1.0)
-    rate = 1.0 if policy.forced > 0 else min(1.0, max(0.0, policy.sampling_rate))
+    rate = min(1.0, max(0.0, policy.sampling_rate))
     if draw < rate:
         return Plan(True, True, Reason.SPOT_CHECK, rate)
     return Plan(True, False, Reason.TRUSTED, rate, defer=True)

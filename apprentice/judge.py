@@ -1,7 +1,13 @@
 """Where comparisons become trust: the evaluator, the mathematics and the store's transaction, joined.
 
-The mathematics is pure and the store knows no mathematics; this is the one place that carries a task's trust from one
-to the other. Routers report comparisons and local answers here, the coach its promotions and refusals.
+The mathematics is pure and the store knows no mathematics; this is the one place that carries a version's trust from
+one to the other. Routers report comparisons and local answers here, the coach its promotions and refusals.
+
+Trust belongs to the version that answered, whichever is champion: while a promoted version cannot be loaded, or another
+router has it already, the one that serves goes on being compared, watched and, where it gets worse, withdrawn.
+
+Evaluators are somebody else's code. They run before the transaction, under no lock and with a time limit; whatever they
+raise leaves the comparison unscored.
 """
 
 from __future__ import annotations
@@ -10,30 +16,40 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from apprentice.alerts import Alerts
+from apprentice.confidence.correlation import CHANCE_DRAWS
 from apprentice.confidence.novelty import Vocabulary
-from apprentice.confidence.trust import Comparison, Event, EventKind, Figures, LocalObservation, Trust, TrustSettings
+from apprentice.confidence.trust import (
+    Comparison,
+    Event,
+    EventKind,
+    Figures,
+    LocalObservation,
+    Stale,
+    Trust,
+    TrustSettings,
+    Weighed,
+    weigh,
+    weigh_seed,
+)
 from apprentice.config import Settings, TaskSettings
 from apprentice.errors import EvaluatorError
-from apprentice.evaluators import Evaluator, build_evaluator
+from apprentice.evaluators import Evaluation, Evaluator, build_evaluator
+from apprentice.events import kinds
+from apprentice.events.kinds import Level
 from apprentice.local.engine import LocalAnswer
+from apprentice.phases import Phase
+from apprentice.sampling import tabulate
 from apprentice.schema import Schema
 from apprentice.store import Store
 from apprentice.store.records import ComparisonRecord, EventRecord, StateChange, TaskState
+from apprentice.time_limit import TimeLimit, TookTooLong
 
 __all__ = ["Judge", "evaluator_of", "trust_settings"]
 
-_LEVELS: Mapping[EventKind, Literal["info", "warning", "critical"]] = {
-    EventKind.EMERGENCY: "critical",
-    EventKind.COACHING: "warning",
-    EventKind.DRIFT: "warning",
-    EventKind.SHIFT: "warning",
-    EventKind.UNUSUAL: "warning",
-    EventKind.UNSCORED: "warning",
-}
 # Observations of local answers are handed to the second watch in batches: one transaction for this many.
 _WATCH_BATCH = 64
 # Inputs that say which words are familiar: the newest ones, when a version comes to serve, and at least some.
@@ -41,13 +57,42 @@ _FAMILIAR = 2000
 _FEWEST_FAMILIAR = 100
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """Local answers that the second watch has not been handed yet."""
+# An evaluator may take so long for a comparison's score, and for its 2 * CHANCE_DRAWS chance scores. One that asks a
+# model itself takes seconds a call.
+_EVALUATOR_S = 120.0
+# How often a comparison is weighed anew because others came before it; then it stays unscored.
+_TRIES = 8
+# Versions a task whose trust is kept in memory, on the average: the champion, and those of a roll-out.
+_MOST_KNOWN = 4
 
-    version: str
-    seen: list[tuple[float, bool, bool, Mapping[str, Any]]] = field(default_factory=list)
-    """Confidence, whether served, whether valid, and the input, which is looked at when they are handed over."""
+
+class _Observed(NamedTuple):
+    """A local answer that the second watch has not been handed yet; the input is looked at when it is."""
+
+    value: Mapping[str, Any]
+    confidence: float
+    served: bool
+    valid: bool
+    unverified: float
+
+
+class _Guarded:
+    """An evaluator of which nothing but `EvaluatorError` comes out."""
+
+    def __init__(self, evaluate: Evaluator, name: str) -> None:
+        self._evaluate = evaluate
+        self._name = name
+        for optional in ("project", "expect"):
+            if hasattr(evaluate, optional):
+                setattr(self, optional, getattr(evaluate, optional))
+
+    def __call__(self, local: Mapping[str, Any], remote: Mapping[str, Any]) -> Evaluation:
+        try:
+            return self._evaluate(local, remote)
+        except EvaluatorError:
+            raise
+        except Exception as error:
+            raise EvaluatorError(f"evaluator {self._name} raised {type(error).__name__}: {error}") from error
 
 
 def evaluator_of(task: TaskSettings) -> Evaluator:
@@ -78,31 +123,52 @@ def trust_settings(settings: Settings, task: TaskSettings) -> TrustSettings:
         min_floor=sampling.min_floor,
         decay_function=sampling.decay_function,
         trend_sensitivity=sampling.trend_sensitivity,
-        max_fall=1.0 - sampling.max_fall,
+        max_fall=sampling.max_fall,
         arl=sampling.mean_time_to_false_alarm,
     )
 
 
 class Judge:
-    """Updates the trust of every task in one store. Safe to use from many threads; other processes may do the same."""
+    """Updates the trust of every version in one store. Safe to use from many threads; other processes may do the same.
+
+    ``evaluator_s`` is how long a comparison's score may take, and its chance scores together.
+    """
 
     def __init__(
-        self, settings: Settings, store: Store, alerts: Alerts, clock: Callable[[], float], draw: random.Random
+        self,
+        settings: Settings,
+        store: Store,
+        alerts: Alerts,
+        clock: Callable[[], float],
+        draw: random.Random,
+        *,
+        evaluator_s: float = _EVALUATOR_S,
     ) -> None:
         self._store = store
-        self._alerts = alerts
+        self._alerts = alerts  # it tells of the events that the store commits; nothing is said of them here
         self._clock = clock
         self._draw = draw
-        self._evaluators = {task.name: evaluator_of(task) for task in settings.tasks}
+        self._evaluators: dict[str, Evaluator] = {
+            task.name: _Guarded(evaluator_of(task), task.evaluator_function or task.evaluator)
+            for task in settings.tasks
+        }
+        self._limits = {
+            task.name: TimeLimit(f"evaluator {task.evaluator_function or task.evaluator}", evaluator_s)
+            for task in settings.tasks
+            if task.evaluator not in ("exact_match", "structured_match")  # ours, and bounded
+        }
         self._settings = {task.name: trust_settings(settings, task) for task in settings.tasks}
+        for numbers in self._settings.values():
+            tabulate(numbers.decay_function, trigger=numbers.coaching_trigger, floor=numbers.min_floor)
         self._locks = {task.name: threading.Lock() for task in settings.tasks}
         # The trust as this process last wrote it. Another process's change shows in the revision, and it is read again.
-        self._known: dict[str, tuple[int, Trust]] = {}
-        self._watched: dict[str, _Watched] = {}
-        self._vocabularies: dict[str, tuple[str, Vocabulary | None]] = {}
+        self._known: dict[tuple[str, str], tuple[int, Trust]] = {}
+        self._watching = threading.Lock()
+        self._observed: dict[tuple[str, str], list[_Observed]] = {}
+        self._vocabularies: dict[tuple[str, str], Vocabulary | None] = {}
 
     def evaluator(self, task: str) -> Evaluator:
-        """The task's evaluator."""
+        """The task's evaluator; whatever goes wrong in it is an `EvaluatorError`."""
         return self._evaluators[task]
 
     def rate(self, task: str, answer: LocalAnswer) -> LocalAnswer:
@@ -111,10 +177,9 @@ class Judge:
         expected = expect(answer.field_confidence) if expect is not None else None
         return answer if expected is None else replace(answer, confidence=expected)
 
-    def figures(self, task: str) -> Figures:
-        """What is known of the task's local model, with intervals."""
-        with self._locks[task]:
-            return self._trust(self._store.policy_row(task)).figures()
+    def figures(self, task: str, version: str | None = None) -> Figures:
+        """What is known of a version, the task's champion where none is named, with intervals."""
+        return self._loaded(self._store.policy_row(task, version)).figures()
 
     # ------------------------------------------------------------- from routers
 
@@ -130,22 +195,15 @@ class Judge:
         served: bool,
         at: float,
     ) -> None:
-        """Score one request that both answered, record it, and update the task's trust, in one transaction.
+        """Score one request that both answered, record it, and update the trust in the version that answered.
 
-        An evaluator that fails leaves the comparison recorded without a score and raises `EvaluatorError`.
-        A comparison with a version that is no longer the champion is recorded and teaches nothing.
+        The evaluator runs first; recording and updating are one short transaction. An evaluator that fails or takes
+        too long leaves the comparison recorded and counted as unscored, and raises `EvaluatorError`.
         """
-        evaluate = self._evaluators[task.name]
-        score, parts, failure = None, {}, None
-        try:
-            evaluation = evaluate(local.output, remote)
-            score, parts = evaluation.score, dict(evaluation.parts)
-        except EvaluatorError as error:
-            failure = error
         comparison = Comparison(
             id=uuid.uuid4().hex,
-            score=score,
-            parts=parts,
+            score=None,
+            parts={},
             confidence=local.confidence,
             local=local.output,
             remote=dict(remote),
@@ -153,59 +211,109 @@ class Judge:
             sampling_rate=sampling_rate,
             served=served,
         )
+        failure: Exception | None = None
+        try:
+            score, parts = self._limited(task.name, lambda: self._evaluators[task.name](local.output, remote))
+            comparison = replace(comparison, score=score, parts=dict(parts))
+        except (EvaluatorError, TookTooLong) as error:
+            failure = error
         record = comparison_record(comparison, task=task.name, request_id=request_id, version=local.version, at=at)
-
-        def change(state: TaskState, trust: Trust) -> tuple[list[Event], list[ComparisonRecord]]:
-            current = state.champion == local.version
-            return (trust.observe(comparison, evaluate, self._draw) if current else []), [record]
-
-        self._update(task.name, change)
+        for _ in range(_TRIES):
+            weighed = Weighed(comparison, None)
+            if failure is None:
+                try:
+                    weighed = self._weighed(task.name, local.version, comparison)
+                except TookTooLong as error:
+                    failure = error
+            if isinstance(weighed.chance, str):
+                failure = EvaluatorError(weighed.chance)
+            try:
+                self._take(task.name, local.version, weighed, record)
+                break
+            except Stale:  # others came first; only what depends on them is done again
+                continue
+        else:
+            failure = EvaluatorError(f"comparison {comparison.id} was overtaken {_TRIES} times, and stays unscored")
+            self._take(task.name, local.version, Weighed(comparison, None), record)
         if failure is not None:
-            raise failure
+            raise EvaluatorError(str(failure)) from failure
+
+    def _weighed(self, task: str, version: str, comparison: Comparison) -> Weighed:
+        with self._locks[task]:
+            known = self._known.get((task, version))
+            basis = known[1].basis() if known is not None else None
+        if basis is None:
+            basis = self._loaded(self._store.policy_row(task, version)).basis()
+        # Where it completes the warm-up, all that waited are weighed with it; a slow evaluator is asked less of each.
+        many = basis.waiting is not None and len(basis.waiting) + 1 >= basis.enough
+        draws = 1 if many and task in self._limits else CHANCE_DRAWS
+        evaluate = self._evaluators[task]
+        return self._limited(
+            task, lambda: weigh(comparison, basis, evaluate, self._draw, opening_draws=draws), times=5 if many else 1
+        )
+
+    def _take(self, task: str, version: str, weighed: Weighed, record: ComparisonRecord) -> None:
+        def change(_: TaskState, trust: Trust) -> tuple[list[Event], list[ComparisonRecord]]:
+            return trust.take(weighed, self._draw), [record]
+
+        self._update(task, change, version=version)
+
+    def _limited[T](self, task: str, ask: Callable[[], T], *, times: int = 1) -> T:
+        limit = self._limits.get(task)
+        return ask() if limit is None else limit.run(ask, times=times)
 
     def watch(
-        self, task: str, version: str, value: Mapping[str, Any], *, confidence: float, served: bool, valid: bool = True
+        self,
+        task: str,
+        version: str,
+        value: Mapping[str, Any],
+        *,
+        confidence: float,
+        served: bool,
+        valid: bool = True,
+        unverified: float = 0.0,
     ) -> bool:
         """Note one answer of ``version`` for the second watch, which sees them all; True when it is time to `flush`.
 
-        An answer that did not fit the output schema is not ``valid``, and has no confidence to speak of: 0.
+        An answer that did not fit the output schema is not ``valid``, and has no confidence to speak of: 0. For
+        ``unverified`` see `LocalObservation`. Waits for nothing.
         """
-        with self._locks[task]:
-            watched = self._watched.get(task)
-            if watched is None or watched.version != version:
-                # What the version before did says nothing of this one.
-                watched = self._watched[task] = _Watched(version)
-            watched.seen.append((confidence, served, valid, value))
-            return len(watched.seen) >= _WATCH_BATCH
+        with self._watching:
+            observed = self._observed.setdefault((task, version), [])
+            observed.append(_Observed(value, confidence, served, valid, unverified))
+            return len(observed) >= _WATCH_BATCH
 
     def _vocabulary(self, task: str, version: str) -> Vocabulary | None:
         """The words of what the remote answered lately; None where that is too little to call a word new."""
-        known = self._vocabularies.get(task)
-        if known is None or known[0] != version:
+        if (task, version) not in self._vocabularies:
+            if len(self._vocabularies) >= _MOST_KNOWN * len(self._locks):
+                self._vocabularies.clear()
             inputs = self._store.newest_inputs(task, _FAMILIAR)
-            known = (version, Vocabulary(inputs) if len(inputs) >= _FEWEST_FAMILIAR else None)
-            self._vocabularies[task] = known
-        return known[1]
+            known = Vocabulary(inputs) if len(inputs) >= _FEWEST_FAMILIAR else None
+            self._vocabularies[task, version] = known
+            return known
+        return self._vocabularies.get((task, version))
 
     def flush(self, task: str) -> None:
         """Hand over what the second watch has not seen yet."""
-        with self._locks[task]:
-            watched = self._watched.pop(task, None)
-        if watched is None:
-            return
-        vocabulary = self._vocabulary(task, watched.version)
-        seen = [
-            LocalObservation(
-                confidence=confidence,
-                valid=valid,
-                served=served,
-                input_length=len(text),
-                novelty=vocabulary.novelty(text) if vocabulary is not None else None,
-            )
-            for confidence, served, valid, value in watched.seen
-            for text in [Schema.dumps(value)]
-        ]
-        self._update(task, lambda state, trust: (trust.watch(seen) if state.champion == watched.version else [], []))
+        with self._watching:
+            taken = {key: self._observed.pop(key) for key in list(self._observed) if key[0] == task}
+        for (_, version), observed in taken.items():
+            self._hand_over(task, version, [self._observation(task, version, one) for one in observed])
+
+    def _hand_over(self, task: str, version: str, seen: Sequence[LocalObservation]) -> None:
+        self._update(task, lambda _, trust: (trust.watch(seen), []), version=version)
+
+    def _observation(self, task: str, version: str, one: _Observed) -> LocalObservation:
+        vocabulary, text = self._vocabulary(task, version), Schema.dumps(one.value)
+        return LocalObservation(
+            confidence=one.confidence,
+            valid=one.valid,
+            served=one.served,
+            input_length=len(text),
+            novelty=vocabulary.novelty(text) if vocabulary is not None else None,
+            unverified=one.unverified,
+        )
 
     def close(self) -> None:
         """Hand over everything."""
@@ -219,28 +327,40 @@ class Judge:
     ) -> TaskState:
         """Make ``version`` the task's champion; its held-out comparisons are the first evidence for or against it.
 
-        The champion, the policy, the comparisons and the events change in one transaction.
+        A version that was champion before goes on from all that it had earned, for as long as that is remembered and
+        the target is the same. The champion, its policy, the comparisons and the events change in one transaction.
         """
-        comparisons = [_comparison(record) for record in seed]
-        evaluate = self._evaluators[task]
+        settings = self._settings[task]
+        weighed = weigh_seed([_comparison(record) for record in seed], settings, self._evaluators[task], self._draw)
 
-        def change(state: TaskState) -> StateChange:
-            trust = Trust.loads(state.trust, self._settings[task])
-            events = trust.promoted(comparisons, evaluate, self._draw, attempts=attempts)
-            return replace(self._changed(state, trust, events, seed), champion=version, training_due=None)
+        def change(before: TaskState, own: TaskState) -> StateChange:
+            phase = Phase(before.phase)
+            if Trust.is_evidence(own.trust, settings):
+                trust = Trust.loads(own.trust, settings)
+                records: Sequence[ComparisonRecord] = ()
+                events = trust.resumed(before=phase)
+            else:
+                trust, records = Trust.fresh(settings), seed
+                events = trust.begin(weighed, self._draw, attempts=attempts, before=phase)
+            promoted, *others = events
+            promoted = Event(EventKind.PROMOTED, {**promoted.evidence, "reason": reason})
+            return self._changed(replace(own, training_due=None), trust, [promoted, *others], records)
 
         with self._locks[task]:
-            self._known.pop(task, None)
+            self._known.clear()
             return self._store.promote(task, version, change, reason)
 
     def refuse(self, task: str, reason: str) -> None:
-        """A retrained candidate did not pass the gate."""
-        self._update(task, lambda state, trust: (trust.refused(reason), []))
+        """A retrained candidate did not pass the gate: versions that are under alarm serve no longer."""
+        policies = self._store.policies()[task]
+        serving = [name for name, policy in policies.policies.items() if policy.phase is Phase.SERVE]
+        for version in {policies.champion, *serving}:
+            self._update(task, lambda _, trust: (trust.refused(reason), []), version=version)
 
     def training_started(self, task: str) -> None:
         """The training that was due has begun."""
 
-        def change(state: TaskState, trust: Trust) -> tuple[list[Event], list[ComparisonRecord]]:
+        def change(_: TaskState, trust: Trust) -> tuple[list[Event], list[ComparisonRecord]]:
             trust.training_started()
             return [], []
 
@@ -252,31 +372,34 @@ class Judge:
         self,
         task: str,
         change: Callable[[TaskState, Trust], tuple[list[Event], Sequence[ComparisonRecord]]],
+        *,
+        version: str | None = None,
     ) -> TaskState:
-        announced: list[Event] = []
+        """Load a version's trust (the champion's where none is named), change it and write it, in one transaction."""
+        written: list[Trust] = []
 
         def apply(state: TaskState) -> StateChange:
-            trust = self._trust(state)
+            key = (task, state.version or "")
+            revision, trust = self._known.pop(key, (-1, None))  # it is put back when the change is kept
+            if trust is None or revision != state.revision:
+                trust = self._loaded(state)
+            trust.training_due = state.training_due is not None  # the task's, and another version's alarm may set it
             events, comparisons = change(state, trust)
-            announced[:] = events
-            self._known[task] = (state.revision + 1, trust)
+            written[:] = [trust]
             return self._changed(state, trust, events, comparisons)
 
         with self._locks[task]:
-            try:
-                state = self._store.update_state(task, apply)
-            except BaseException:
-                self._known.pop(task, None)  # it was changed, and the change was not kept
-                raise
-        for event in announced:
-            self._alerts.announce(event.kind.value, task, dict(event.evidence), _LEVELS.get(event.kind, "info"))
+            state = self._store.update_state(task, apply, version=version)
+            self._known[task, state.version or ""] = (state.revision, written[0])
+            if len(self._known) > _MOST_KNOWN * len(self._locks):
+                self._known.clear()
         return state
 
-    def _trust(self, state: TaskState) -> Trust:
-        revision, trust = self._known.get(state.task, (-1, None))
-        if trust is not None and revision == state.revision:
-            return trust
-        return Trust.loads(state.trust, self._settings[state.task])
+    def _loaded(self, state: TaskState) -> Trust:
+        settings = self._settings[state.task]
+        if not state.trust and state.version is not None:
+            return Trust.unknown(settings)
+        return Trust.loads(state.trust, settings)
 
     def _changed(
         self, state: TaskState, trust: Trust, events: Sequence[Event], comparisons: Sequence[ComparisonRecord]
@@ -291,8 +414,8 @@ class Judge:
                 id=uuid.uuid4().hex,
                 task=state.task,
                 kind=event.kind.value,
-                level=_LEVELS.get(event.kind, "info"),
-                evidence=dict(event.evidence),
+                level=_level(event.kind),
+                evidence={"version": state.version, **event.evidence},
                 at=now,
             )
             for event in events
@@ -306,6 +429,12 @@ class Judge:
             comparisons=comparisons,
             events=records,
         )
+
+
+def _level(kind: EventKind) -> Level:
+    known = kinds.EventKind.named(kind.value)
+    assert known is not None  # a test holds the two lists together
+    return known.level
 
 
 def comparison_record(

@@ -1,8 +1,7 @@
 """The phases of a task, as a pure state machine.
 
     COLLECT ──promoted──▶ SHADOW ──certified──▶ SERVE
-       ▲                    ▲  ◀──emergency / refused──┘
-       └─────withdrawn──────┘      (also from SERVE)
+                            ◀──emergency / refused──┘
 
 The machine knows nothing about evidence; it only refuses moves that are not drawn above and carries the evidence
 along, so that every transition can be explained later. Hysteresis needs no margin here: leaving SERVE discards the
@@ -38,8 +37,6 @@ class Signal(StrEnum):
     """The served slice's correlation fell below the emergency threshold."""
     REFUSED = "refused"
     """The guard alarmed and the retrained candidate did not pass the gate."""
-    WITHDRAWN = "withdrawn"
-    """The last version was taken back; there is no local model."""
 
 
 _MOVES: Mapping[tuple[Phase, Signal], Phase] = {
@@ -48,8 +45,6 @@ _MOVES: Mapping[tuple[Phase, Signal], Phase] = {
     (Phase.SHADOW, Signal.CERTIFIED): Phase.SERVE,
     (Phase.SERVE, Signal.EMERGENCY): Phase.SHADOW,
     (Phase.SERVE, Signal.REFUSED): Phase.SHADOW,
-    (Phase.SHADOW, Signal.WITHDRAWN): Phase.COLLECT,
-    (Phase.SERVE, Signal.WITHDRAWN): Phase.COLLECT,
 }
 
 

@@ -22,7 +22,7 @@ from apprentice.alerts import Alerts
 from apprentice.backlog import Backlog
 from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings
-from apprentice.decision import Headroom, Plan, Policy, Reason, accepts, decide
+from apprentice.decision import Headroom, Plan, Reason, accepts, decide
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
@@ -41,13 +41,12 @@ from apprentice.events.kinds import EventKind
 from apprentice.judge import Judge
 from apprentice.local.engine import LocalAnswer
 from apprentice.local.switch import Switch
-from apprentice.phases import Phase
 from apprentice.remote import RemoteAnswer, Teacher
 from apprentice.result import Result
 from apprentice.schema import SchemaError
 from apprentice.store import Store
 from apprentice.store.database import within
-from apprentice.store.records import ExampleRecord, PolicyRow
+from apprentice.store.records import ExampleRecord, TaskPolicy
 from apprentice.tally import Tally
 
 __all__ = ["Health", "Router", "TaskHealth"]
@@ -92,7 +91,10 @@ _ALERTS: tuple[tuple[type[Exception], EventKind], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class TaskHealth:
-    """Where one task stands in this process. ``serving`` is what answers here, ``champion`` what should."""
+    """Where one task stands in this process. ``serving`` is what answers here, ``champion`` what should.
+
+    ``phase`` is that of the version that answers, of the champion while none does.
+    """
 
     phase: int
     champion: str | None
@@ -137,7 +139,6 @@ class Router:
         self._clock = clock
         self._draw = draw
         self._snapshot = Snapshot(store, clock)
-        self._in_force: dict[str, PolicyRow] = {}
         self._calls = 0
         self._ended = threading.Condition()
         self.closed = False
@@ -150,18 +151,17 @@ class Router:
 
     def _run(self, task: TaskSettings, value: dict[str, Any]) -> Result:
         request = self._planned(task, value)
-        plan, policy = request.plan, request.policy
+        plan = request.plan
         if plan.local and plan.remote:
             beside = _Beside(lambda: self._ask_local(request))
             remote = _outcome(lambda: self._ask_remote(request))
             local = beside.outcome(self._settings.local.deadline_s + _OVERTIME_S)
-            self._watch(request, local)
             return self._conclude(request, remote, local)
         if plan.local:
             local = _outcome(lambda: self._ask_local(request))
-            self._watch(request, local)
-            if local.value is not None and not (plan.defer and not accepts(policy, local.value.confidence)):
-                return self._serve(request, local.value, _LOCAL_OUTCOMES.get(plan.reason, "local"))
+            if local.value is not None and (request.accepts(local.value) or not plan.defer):
+                outcome = _LOCAL_OUTCOMES.get(plan.reason, "local")
+                return self._serve(request, local, local.value, outcome, unverified=float(plan.probability == 0.0))
             # A deferral, or a local model that failed: the remote answers, if it is to be had.
             return self._conclude(request, _outcome(lambda: self._ask_remote(request)), local)
         # The remote alone. Where the plan has nobody to ask, asking says best what is missing, and spends nothing.
@@ -203,8 +203,9 @@ class Router:
             with within(_LEAST_S):
                 away = self._refresh()
             for task in self._settings.tasks if self._snapshot.is_there() else ():
-                state = self._snapshot.of(task.name)
-                tasks[task.name] = TaskHealth(state.phase, state.champion, self._switch.serving(task.name))
+                known, serving = self._snapshot.of(task.name), self._switch.serving(task.name)
+                phase = known.of(serving or known.champion).phase
+                tasks[task.name] = TaskHealth(int(phase), known.champion, serving)
             return Health(tasks, self._snapshot.age_s() if away is not None else None)
 
     def wait_until_serving(self, task_name: str, timeout_s: float) -> bool:
@@ -241,23 +242,21 @@ class Router:
             away = self._refresh()
             if away is not None and not 0 <= self._snapshot.age_s() <= STORE_GRACE_S:
                 raise Unavailable(f"nobody can answer task {task.name!r}: {away}", remote=away)
-            state = self._policy(task)
+            known = self._snapshot.of(task.name)
+            self._switch.follow(task.name, known.champion)
+            # After a promotion this process may still be loading the champion, or fail to. Until that answers the old
+            # version does, under its own policy, which its comparisons go on changing.
+            policy = known.of(self._switch.serving(task.name) or known.champion)
             headroom = Headroom(
                 remote_affordable=away is None and self._affordable(task),
                 remote_healthy=self._teacher.healthy(),
-                local_healthy=self._switch.healthy(task.name) and self._switch.serving(task.name) == state.champion,
+                local_healthy=self._switch.healthy(task.name),
                 store_there=self._snapshot.away is None,
             )
-        policy = Policy(
-            phase=Phase(state.phase),
-            champion=state.champion,
-            threshold=state.threshold,
-            sampling_rate=state.sampling_rate,
-        )
         plan = decide(policy, headroom, self._draw.random())
         # Where the local model is asked first, the remote has its time after it.
         ends = began + deadlines[0] + (deadlines[1] if plan.local and not plan.remote else 0.0)
-        return _Request(uuid.uuid4().hex, task, value, state, policy, plan, self._clock(), ends)
+        return _Request(uuid.uuid4().hex, task, value, known, policy.version or "", plan, self._clock(), ends)
 
     def _refresh(self) -> Exception | None:
         """Have policies that are new enough, or say why there are none."""
@@ -279,21 +278,6 @@ class Router:
         except StoreError as error:
             self._snapshot.lost(error)
             return False
-
-    def _policy(self, task: TaskSettings) -> PolicyRow:
-        """The task's policy in force.
-
-        After a promotion the store's policy speaks of the new champion while this process may still be loading it.
-        Until it answers, the old version goes on under the policy that was made for it.
-        """
-        state = self._snapshot.of(task.name)
-        self._switch.follow(task.name, state.champion)
-        serving = self._switch.serving(task.name)
-        before = self._in_force.get(task.name)
-        if before is not None and serving != state.champion and serving == before.champion is not None:
-            return before
-        self._in_force[task.name] = state
-        return state
 
     # ---------------------------------------------------------------- asking
 
@@ -349,21 +333,25 @@ class Router:
     def _ask_local(self, request: _Request) -> LocalAnswer:
         deadline_s = self._settings.local.deadline_s
         answer = self._switch.answer(request.task.name, request.value, deadline_s=deadline_s)
-        if answer.version != request.state.champion:
-            raise EngineUnavailable(f"version {answer.version} answered while {request.state.champion} is in force")
         return self._judge.rate(request.task.name, answer)
 
-    def _watch(self, request: _Request, local: _Outcome[LocalAnswer]) -> None:
-        """Let the second watch see what the champion answered."""
+    def _watch(self, request: _Request, local: _Outcome[LocalAnswer], *, unverified: float = 0.0) -> None:
+        """Let the second watch see what a version answered, once it is known what became of the answer.
+
+        ``unverified`` is how many answers nobody can speak for because of this one; see `LocalObservation`.
+        """
         task, answer = request.task.name, local.value
         if answer is None and not isinstance(local.error, OutputError):
             return
-        confidence = answer.confidence if answer is not None else 0.0
-        served = answer is not None and accepts(request.policy, confidence)
-        valid = answer is not None
         try:
             due = self._judge.watch(
-                task, request.champion, request.value, confidence=confidence, served=served, valid=valid
+                task,
+                request.version if answer is None else answer.version,
+                request.value,
+                confidence=0.0 if answer is None else answer.confidence,
+                served=answer is not None and request.accepts(answer),
+                valid=answer is not None,
+                unverified=unverified,
             )
             if due:
                 with within(request.left_s()):
@@ -378,14 +366,16 @@ class Router:
     ) -> Result:
         """Settle on the answer when the remote was asked, alone or beside the local model."""
         if local is not None and local.error is not None:
-            self._tally.add(request.task.name, request.champion, "local_failed", self._age_s(request))
+            self._tally.add(request.task.name, request.version, "local_failed", self._age_s(request))
+            self._watch(request, local)
             self._tell(request, EventKind.LOCAL_UNAVAILABLE, local.error)
         if remote.value is not None:
-            outcome = "remote"
+            outcome, version = "remote", request.version
             if local is not None and local.value is not None:
+                self._watch(request, local)
                 self._compare(request, remote.value, local.value)
-                outcome = _REMOTE_OUTCOMES[request.plan.reason]
-            self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
+                outcome, version = _REMOTE_OUTCOMES[request.plan.reason], local.value.version
+            self._tally.add(request.task.name, version, outcome, self._age_s(request))
             return Result(request.id, remote.value.output)
         assert remote.error is not None
         if not isinstance(remote.error, ApprenticeError):
@@ -393,21 +383,33 @@ class Router:
         kind = next(kind for of, kind in _ALERTS if isinstance(remote.error, of))
         self._tell(request, kind, remote.error)
         if local is not None and local.value is not None:
-            return self._serve(request, local.value, "budget" if kind is EventKind.BUDGET_EXHAUSTED else "degraded")
-        self._tally.add(request.task.name, request.champion, "failed", self._age_s(request))
+            outcome = "budget" if kind is EventKind.BUDGET_EXHAUSTED else "degraded"
+            # A spot check that brought no answer stands for as many answers as it was one of.
+            unverified = 1.0 / request.plan.probability if request.plan.remote else 1.0
+            return self._serve(request, local, local.value, outcome, unverified=unverified)
+        self._tally.add(request.task.name, request.version, "failed", self._age_s(request))
         raise _final_error(request.task.name, remote.error, local.error if local else None)
 
-    def _serve(self, request: _Request, answer: LocalAnswer, outcome: str) -> Result:
-        """Return the local model's answer; ``outcome`` is what the record says of it."""
+    def _serve(
+        self,
+        request: _Request,
+        local: _Outcome[LocalAnswer],
+        answer: LocalAnswer,
+        outcome: str,
+        *,
+        unverified: float,
+    ) -> Result:
+        """Return the local model's answer; ``outcome`` is what the record says of it, for the rest see `_watch`."""
+        self._watch(request, local, unverified=unverified)
         if outcome != "local":
             kind = EventKind.ANSWERED_LOCALLY_BUDGET if outcome == "budget" else EventKind.ANSWERED_LOCALLY_DEGRADED
             self._alerts.emit(kind, request.task.name, {"request": request.id})
-        self._tally.add(request.task.name, request.champion, outcome, self._age_s(request))
+        self._tally.add(request.task.name, answer.version, outcome, self._age_s(request))
         return Result(request.id, answer.output)
 
     def _compare(self, request: _Request, remote: RemoteAnswer, local: LocalAnswer) -> None:
-        """Record the comparison and update the task's trust; its own failure must not cost the caller the answer."""
-        served = accepts(request.policy, local.confidence)
+        """Record the comparison and update the version's trust; its own failure must not cost the caller the answer."""
+        served = request.accepts(local)
         try:
             with within(request.left_s()):
                 self._judge.compare(
@@ -416,7 +418,7 @@ class Router:
                     local=local,
                     remote=remote.output,
                     probability=request.plan.probability if served else 1.0,
-                    sampling_rate=request.policy.sampling_rate,
+                    sampling_rate=request.known.of(local.version).sampling_rate,
                     served=served,
                     at=self._clock(),
                 )
@@ -440,8 +442,9 @@ class _Request:
     id: str
     task: TaskSettings
     value: dict[str, Any]
-    state: PolicyRow
-    policy: Policy
+    known: TaskPolicy
+    version: str
+    """The version that served when the plan was made, "" for none; another may have come in when it is carried out."""
     plan: Plan
     at: float
     ends: float
@@ -451,9 +454,9 @@ class _Request:
         """How long the store may take for what is still to do."""
         return max(self.ends - time.monotonic(), _LEAST_S)
 
-    @property
-    def champion(self) -> str:
-        return self.state.champion or ""
+    def accepts(self, answer: LocalAnswer) -> bool:
+        """Whether the version that gave the answer is trusted with one of this confidence."""
+        return accepts(self.known.of(answer.version), answer.confidence)
 
 
 class Snapshot:
@@ -466,7 +469,7 @@ class Snapshot:
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
-        self._states: dict[str, PolicyRow] = {}
+        self._states: dict[str, TaskPolicy] = {}
         self._read_at = float("-inf")
         self._tried_at = float("-inf")
         self._trying = threading.Lock()
@@ -517,7 +520,7 @@ class Snapshot:
         """Whether it is old, was forgotten, or the clock went back."""
         return self._forgotten or self.away is not None or not 0 <= self.age_s() < SNAPSHOT_S
 
-    def of(self, task: str) -> PolicyRow:
+    def of(self, task: str) -> TaskPolicy:
         """The task's policy as last read."""
         return self._states[task]
 

@@ -14,12 +14,13 @@ from functools import lru_cache
 
 from apprentice.errors import ApprenticeError
 
-__all__ = ["CURVES", "Curve", "curve", "exponential", "linear", "next_rate", "step", "target_rate"]
+__all__ = ["CURVES", "Curve", "curve", "exponential", "linear", "next_rate", "step", "tabulate", "target_rate"]
 
 type Curve = Callable[[float, float, float], float]
 """(correlation, trigger, floor) -> rate in [floor, 1]."""
 
 STEPS = 4
+POINTS = 1001
 
 
 def _progress(correlation: float, trigger: float) -> float:
@@ -72,23 +73,51 @@ def curve(name: str) -> Curve:
     return result
 
 
+@lru_cache(maxsize=64)
+def tabulate(name: str, *, trigger: float, floor: float) -> tuple[float, ...]:
+    """A curve of the user's own at `POINTS` correlations from ``trigger`` to 1; nothing for the built-in ones.
+
+    It is called for these alone, and once: a function of somebody else's must not run where the rate is set, inside a
+    transaction. Raises ApprenticeError if it raises, or returns something that is not a rate.
+    """
+    if name in CURVES:
+        return ()
+    function = curve(name)
+    rates = []
+    for i in range(POINTS):
+        correlation = trigger + (1.0 - trigger) * i / (POINTS - 1)
+        try:
+            rate = function(correlation, trigger, floor)
+        except Exception as error:
+            raise ApprenticeError(
+                f"sampling.decay_function {name!r} raised {type(error).__name__} for correlation {correlation:.3f}: "
+                f"{error}"
+            ) from error
+        if not isinstance(rate, int | float) or math.isnan(rate):
+            raise ApprenticeError(
+                f"sampling.decay_function {name!r} returned {rate!r} for correlation {correlation:.3f}; "
+                "it must return a rate"
+            )
+        rates.append(min(1.0, max(floor, float(rate))))
+    return tuple(rates)
+
+
 def target_rate(name: str, correlation: float, *, trigger: float, floor: float, drop: float = 0.0) -> float:
     """The rate that ``correlation`` asks for, were it to fall by ``drop`` once more.
 
     A curve of the user's own is held to the promises that no curve may break: 1 at or below the trigger, never below
-    ``floor``. Raises ApprenticeError where it returns something that is not a number.
+    ``floor``. Between two of its tabulated points the higher rate holds. Raises ApprenticeError; see `tabulate`.
     """
     expected = correlation - max(0.0, drop)
     if expected <= trigger:
         return 1.0
-    rate = curve(name)(expected, trigger, floor)
-    if not isinstance(rate, int | float) or math.isnan(rate):
-        raise ApprenticeError(
-            f"sampling.decay_function {name!r} returned {rate!r} for correlation {expected:.3f}; it must return a rate"
-        )
-    return min(1.0, max(floor, float(rate)))
+    if name in CURVES:
+        return min(1.0, max(floor, CURVES[name](expected, trigger, floor)))
+    rates = tabulate(name, trigger=trigger, floor=floor)
+    place = _progress(expected, trigger) * (POINTS - 1)
+    return max(rates[math.floor(place)], rates[math.ceil(place)])
 
 
 def next_rate(current: float, target: float, *, max_fall: float) -> float:
-    """One comparison later: up at once, down to no less than ``max_fall`` times the current rate."""
-    return target if target >= current else max(target, current * max_fall)
+    """One comparison later: up at once, down by no more than the share ``max_fall`` of the current rate."""
+    return target if target >= current else max(target, current * (1.0 - max_fall))

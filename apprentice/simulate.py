@@ -147,7 +147,7 @@ class Result:
     delays: Sequence[Mapping[str, Any]]
     """For each happening, the requests and spot checks until the first alarm, coaching or emergency; None for never."""
     steepest_fall: float
-    """The smallest ratio of one sampling rate to the one before it within phase 3; never below ``max_fall``."""
+    """The smallest ratio of one sampling rate to the one before it within phase 3; never below 1 - ``max_fall``."""
     wall_seconds: float
     cpu_seconds: float
 
@@ -445,7 +445,7 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
         if now is not numbers:
             if now.phase is Phase.SERVE and numbers.phase is Phase.SERVE and numbers.sampling_rate > 0.0:
                 steepest = min(steepest, now.sampling_rate / numbers.sampling_rate)
-            if now != numbers or policy.champion != champion:
+            if now != numbers or policy.version != champion:
                 policy = Policy(now.phase, champion, now.threshold, now.sampling_rate)
             numbers = now
         if (request + 1) % every == 0 or request + 1 == scenario.requests:

@@ -18,7 +18,7 @@ from apprentice import Apprentice, Settings
 from apprentice.confidence.trust import Comparison
 from apprentice.judge import comparison_record
 from apprentice.local.base_model import share_processors
-from apprentice.store.records import VersionRecord
+from apprentice.store.records import ComparisonRecord, VersionRecord
 from apprentice.testing import FakeEngine, FakeVendor, Fault
 
 # Before any test imports torch: its spinning threads make the suite many times slower on a machine that is shared.
@@ -88,6 +88,13 @@ class Workbench:
         ``unsure`` of them, mixed among the others, come from answers of a low confidence, and half of those disagreed.
         """
         self.add_version(name, held_out)
+        seed = self.seed(name, held_out, right, unsure)
+        self.client.parts.judge.promote("mood", name, seed, reason="test")
+        assert not wait or self.client.wait_until_serving("mood", timeout_s=10)
+
+    @staticmethod
+    def seed(name: str, held_out: int, right: float = 1.0, unsure: int = 0) -> list[ComparisonRecord]:
+        """A version's comparisons on so many held-out examples; see `promote`."""
         seed = []
         for i in range(held_out):
             doubtful = unsure and i % (held_out // unsure) == 0
@@ -103,8 +110,7 @@ class Workbench:
                 seeded=True,
             )
             seed.append(comparison_record(comparison, task="mood", request_id=comparison.id, version=name, at=0.0))
-        self.client.parts.judge.promote("mood", name, seed, reason="test")
-        assert not wait or self.client.wait_until_serving("mood", timeout_s=10)
+        return seed
 
 
 def settings(tmp_path: Path, vendor: FakeVendor, **more: Any) -> Settings:

@@ -12,8 +12,6 @@ DRAWN = {
     (Phase.SHADOW, Signal.CERTIFIED, Phase.SERVE),
     (Phase.SERVE, Signal.EMERGENCY, Phase.SHADOW),
     (Phase.SERVE, Signal.REFUSED, Phase.SHADOW),
-    (Phase.SHADOW, Signal.WITHDRAWN, Phase.COLLECT),
-    (Phase.SERVE, Signal.WITHDRAWN, Phase.COLLECT),
 }
 
 

@@ -46,7 +46,7 @@ def test_up_at_once_down_slowly(current: float, target: float, fall: float):
     if target >= current:
         assert rate == target
     else:
-        assert rate == max(target, current * fall)
+        assert rate == max(target, current * (1.0 - fall))
 
 
 def low(correlation: float, trigger: float, floor: float) -> float:

@@ -32,7 +32,7 @@ def test_what_holds_in_every_scenario(path: Path):
     """The rate never falls faster than the factor, shares are shares, and every request was answered by somebody."""
     scenario = replace(load_scenario(path), requests=3000)
     result = simulate(scenario)
-    assert result.steepest_fall >= scenario.trust.max_fall - 1e-9
+    assert result.steepest_fall >= 1.0 - scenario.trust.max_fall - 1e-9
     assert result.remote_calls + result.local_served == scenario.requests
     assert all(0.0 <= p.coverage <= 1.0 and 0.0 <= p.remote_share <= 1.0 for p in result.points)
     assert result.points[-1].request == scenario.requests

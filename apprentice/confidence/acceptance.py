@@ -273,7 +273,7 @@ class Slices:
             "delta": self.delta,
             "thresholds": self.thresholds,
             "shares": [round(share, 4) for share in self.shares],
-            "bases": [None if base == list(LOG_PRIOR) else [round(held, 6) for held in base] for base in self.bases],
+            "bases": [[round(held, 6) for held in base] for base in self.bases],
             "bands": [[round(held, 6) for held in band] for band in self.bands],
             "peaks": [float(f"{min(peak, 1e300):.7g}") for peak in self.peaks],
             "weights": [round(w, 6) for w in self.weights],

@@ -66,12 +66,6 @@ class Detector:
         """R, the mixture over the sizes of bet."""
         return sum(part * held for part, held in zip(MIXTURE, self.sums, strict=True))
 
-    def restart(self, level: float | None = None) -> None:
-        """Begin again, at another level where one is given."""
-        self.sums = [0.0] * len(FRACTIONS)
-        if level is not None:
-            self.level = level
-
 
 class Guard:
     """A detector with a memory of recent scores, so that an alarm can be named and dated."""
@@ -92,11 +86,6 @@ class Guard:
             return None
         return name_change(self.recent, self.detector.level)
 
-    def restart(self, level: float) -> None:
-        """Watch from here on that agreement stays at least ``level``."""
-        self.detector.restart(level)
-        self.recent = []
-
     def dump(self) -> dict[str, Any]:
         """JSON: the whole state."""
         return {
@@ -107,9 +96,9 @@ class Guard:
         }
 
     @classmethod
-    def load(cls, data: Mapping[str, Any], memory: int = 500) -> Guard:
-        """What ``dump`` gave."""
-        guard = cls(data["level"], data["arl"], memory)
+    def load(cls, data: Mapping[str, Any], arl: float, memory: int = 500) -> Guard:
+        """What ``dump`` gave, held to today's ``arl``: the sums are evidence whatever they are compared with."""
+        guard = cls(data["level"], arl, memory)
         guard.detector.sums = list(data["sums"])
         guard.recent = list(data["recent"])
         return guard

@@ -1,7 +1,11 @@
-"""The trust state of one task: one object, one JSON text, one transition per comparison.
+"""The trust in one version of a task's local model: one object, one JSON text, one transition per comparison.
 
 ``Trust`` is pure. The store keeps ``dumps()`` in a text column and, in one transaction per comparison, loads it, lets
-it ``observe`` and writes it back, so two processes never lose a comparison. Everything random comes in as ``draw``.
+it ``take`` the comparison and writes it back, so two processes never lose one. Everything random comes in as ``draw``.
+
+The evaluator is somebody else's code and may be slow, so it never runs inside that transaction: ``weigh`` asks it for
+everything that one comparison needs, given the ``basis`` that the state had a moment ago, and ``take`` only counts.
+``observe`` does both at once, for those who hold no lock.
 
 What it knows of the past is bounded: the last comparisons as numbers, the answers of a window as the evaluator
 projects them (what the chance scores are drawn from), and sums since the last promotion.
@@ -11,8 +15,10 @@ Selection effects, and what is done about them:
 - Once serving, the comparisons at hand are mostly deferred requests, which are the hard ones. Every comparison bets
   and counts with weight sampling_rate / probability (see ``certify``), and enters the reference answers with that
   probability, so both describe the traffic.
-- The agreement of what was served since the promotion is m + sum((s - m) / p) / N over the N served requests, with m
-  fixed at certification. It is unbiased however the rate p followed the scores before; the plain mean is not.
+- The agreement of what was accepted since the promotion is m + sum((s - m) / p) / N over the N accepted requests, with
+  m fixed at certification. It is unbiased however the rate p > 0 followed the scores before; the plain mean is not. It
+  says nothing of answers that nobody could have checked (p = 0: the budget was used up or the remote was down) nor of
+  those for which a check that brought no score would have spoken: they are not among the N but counted apart.
 - A version is certified by held-out comparisons that also decided whether it is promoted. delta holds per version:
   P(promoted and wrongly certified) <= P(wrongly certified) <= delta. Where several candidates were tried on the same
   held-out examples before one passed, ``promoted(..., attempts=n)`` lets that evidence certify with delta / n only.
@@ -39,6 +45,7 @@ from apprentice.phases import Phase, Signal, advance
 from apprentice.sampling import next_rate, target_rate
 
 __all__ = [
+    "Basis",
     "Comparison",
     "Event",
     "EventKind",
@@ -46,8 +53,13 @@ __all__ = [
     "LocalObservation",
     "PolicyNumbers",
     "Scope",
+    "Seed",
+    "Stale",
     "Trust",
     "TrustSettings",
+    "Weighed",
+    "weigh",
+    "weigh_seed",
 ]
 
 FORMAT = 1
@@ -78,8 +90,8 @@ class TrustSettings:
     min_floor: float = 0.02
     decay_function: str = "exponential"
     trend_sensitivity: float = 0.05
-    max_fall: float = 0.95
-    """A comparison lowers the sampling rate at most by this factor."""
+    max_fall: float = 0.05
+    """A comparison lowers the sampling rate at most by this share of it."""
     arl: float = 10_000
     """Mean number of spot checks to a false alarm of the guard, at least."""
     warm_up: int = 40
@@ -175,8 +187,11 @@ class Figures:
     comparisons: int
     """Since the promotion, the gate's own included."""
     unscored: int
-    served_unbiased: float | None
-    """Agreement of all that was served since the promotion, unbiased under a varying rate; None before any check."""
+    accepted_agreement: float | None
+    """Agreement of the answers above the threshold since the promotion that a spot check could have met, those that one
+    did meet included; unbiased under a varying rate, None before any check. It says nothing of the ``unverified``."""
+    unverified: float
+    """Answers since the promotion that nobody could have checked, or for which a check that brought no score stands."""
     window_all: Scope
     window_served: Scope
     since_all: Scope
@@ -209,6 +224,127 @@ class _Pending(NamedTuple):
     remote: Any
 
 
+class _Chance(NamedTuple):
+    """The chance score of a comparison, and of each of its parts."""
+
+    score: float
+    parts: Mapping[str, float]
+
+
+class Stale(Exception):
+    """The state is no longer the one that a comparison was weighed for: weigh it again on its new `Trust.basis`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What chance scores are drawn from at one moment. It shares nothing that changes with the state."""
+
+    waiting: Sequence[_Pending] | None
+    """The comparisons that wait for thresholds; None once there are some."""
+    enough: int
+    """How many set the thresholds."""
+    window: int
+    reference: Sequence[tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A comparison with all that the evaluator had to say for it."""
+
+    comparison: Comparison
+    pending: _Pending | None
+    """None where it has no score."""
+    chance: _Chance | str | None = None
+    """Once there are thresholds; a text is why the evaluator could not tell."""
+    opening: Sequence[tuple[_Pending, _Chance | str]] | None = None
+    """While there are none: this comparison and those that waited, where together they are enough; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """Held-out comparisons of a new version, with all that the evaluator had to say for them."""
+
+    count: int
+    waiting: Sequence[_Pending]
+    opening: Sequence[tuple[_Pending, _Chance | str]]
+
+
+def weigh(
+    comparison: Comparison,
+    basis: Basis,
+    evaluate: Evaluator,
+    draw: random.Random,
+    *,
+    opening_draws: int = CHANCE_DRAWS,
+) -> Weighed:
+    """Ask the evaluator for all that ``comparison`` needs: 2 * CHANCE_DRAWS evaluations, and for one that completes the
+    warm-up 2 * ``opening_draws`` for each that waited. Fewer draws make a chance score less exact and no more biased.
+
+    Where the evaluator raises EvaluatorError the comparison counts as unscored.
+    """
+    pending = _admitted(comparison, evaluate)
+    if pending is None:
+        return Weighed(comparison, None)
+    if basis.waiting is not None:
+        waiting = [*basis.waiting, pending]
+        complete = len(waiting) >= basis.enough
+        return Weighed(
+            comparison,
+            pending,
+            opening=_among(waiting, basis.window, evaluate, draw, opening_draws) if complete else (),
+        )
+    try:
+        return Weighed(
+            comparison, pending, _Chance(*chance(pending.local, pending.remote, basis.reference, evaluate, draw))
+        )
+    except EvaluatorError as error:
+        return Weighed(comparison, pending, str(error))
+
+
+def weigh_seed(
+    comparisons: Sequence[Comparison], settings: TrustSettings, evaluate: Evaluator, draw: random.Random
+) -> Seed:
+    """Ask the evaluator for all that held-out comparisons need; see `weigh`."""
+    waiting = [pending for c in comparisons if (pending := _admitted(c, evaluate)) is not None]
+    enough = len(waiting) >= _enough(settings)
+    return Seed(len(comparisons), waiting, _among(waiting, settings.window_size, evaluate, draw) if enough else ())
+
+
+def _enough(settings: TrustSettings) -> int:
+    return settings.warm_up if settings.deferral else 10
+
+
+def _admitted(comparison: Comparison, evaluate: Evaluator) -> _Pending | None:
+    score = comparison.score
+    if score is None or not 0.0 <= score <= 1.0:
+        return None
+    project = getattr(evaluate, "project", None)
+    local, remote = comparison.local, comparison.remote
+    if project is not None:
+        local, remote = project(local), project(remote)
+    weight = 1.0
+    if comparison.probability > 0.0:
+        weight = min(1.0, max(0.0, comparison.sampling_rate / comparison.probability))
+    # Not rounded: a threshold is one of these confidences, and real answers are held against it digit for digit.
+    return _Pending(comparison.confidence, score, weight, dict(comparison.parts), local, remote)
+
+
+def _among(
+    waiting: Sequence[_Pending], window: int, evaluate: Evaluator, draw: random.Random, draws: int = CHANCE_DRAWS
+) -> list[tuple[_Pending, _Chance | str]]:
+    """Each with its chance score among the others."""
+    answers = [(pending.local, pending.remote) for pending in waiting] * 2
+    span = min(len(waiting) - 1, window)
+    weighed: list[tuple[_Pending, _Chance | str]] = []
+    for i, pending in enumerate(waiting):
+        try:
+            others = answers[i + 1 : i + 1 + span]
+            weighed.append((pending, _Chance(*chance(pending.local, pending.remote, others, evaluate, draw, draws))))
+        except EvaluatorError as error:
+            weighed.append((pending, str(error)))
+    return weighed
+
+
 class Trust:
     """Make one with ``fresh`` or ``loads``."""
 
@@ -238,7 +374,8 @@ class Trust:
         self.since_served: dict[str, Tally] = {"": Tally()}
         self.comparisons = 0
         self.unscored = 0
-        self.served_count = 0
+        self.accepted = 0.0
+        self.unverified = 0.0
         self.checked_excess = 0.0
         self.checked_level: float | None = None
         self._rebuild_window()
@@ -249,6 +386,13 @@ class Trust:
     def fresh(cls, settings: TrustSettings) -> Trust:
         """A task without a local model."""
         return cls(settings)
+
+    @classmethod
+    def unknown(cls, settings: TrustSettings) -> Trust:
+        """A version that answers and of which nothing is known: it is shadowed until it has earned more."""
+        trust = cls(settings)
+        trust.phase = Phase.SHADOW
+        return trust
 
     def dumps(self) -> str:
         """The whole state as JSON text; some tens of kB at most."""
@@ -277,7 +421,8 @@ class Trust:
                 "since_served": {name: tally.sums() for name, tally in self.since_served.items()},
                 "comparisons": self.comparisons,
                 "unscored": self.unscored,
-                "served_count": self.served_count,
+                "served_count": self.accepted,
+                "unverified": self.unverified,
                 "checked_excess": self.checked_excess,
                 "checked_level": self.checked_level,
             },
@@ -309,13 +454,13 @@ class Trust:
             "fields",
             "comparisons",
             "unscored",
-            "served_count",
             "checked_excess",
             "checked_level",
         ):
             setattr(trust, name, data[name])
+        trust.accepted, trust.unverified = float(data["served_count"]), data.get("unverified", 0.0)
         trust.slices = None if data["slices"] is None else Slices.load(data["slices"])
-        trust.guard = None if data["guard"] is None else Guard.load(data["guard"])
+        trust.guard = None if data["guard"] is None else Guard.load(data["guard"], settings.arl)
         trust.watcher = Watch.load(data["watch"], settings.watch_arl)
         trust.pending = [_Pending(*row) for row in data["pending"]]
         trust.reference = [(local, remote) for local, remote in data["reference"]]
@@ -326,6 +471,14 @@ class Trust:
         if data["target"] != settings.target():
             trust._retarget()
         return trust
+
+    @staticmethod
+    def is_evidence(text: str | None, settings: TrustSettings) -> bool:
+        """Whether what ``dumps`` gave holds comparisons that were held against today's target."""
+        if not text:
+            return False
+        data = json.loads(text)
+        return bool(data["comparisons"] and data["target"] == settings.target())
 
     def _retarget(self) -> None:
         if self.phase is Phase.SERVE:
@@ -343,32 +496,41 @@ class Trust:
         """Phase, threshold and sampling rate to decide the next request by."""
         return PolicyNumbers(self.phase, self.threshold, 1.0 if self.forced > 0 else self.rate)
 
-    def observe(self, comparison: Comparison, evaluate: Evaluator, draw: random.Random) -> list[Event]:
-        """Take in one comparison; what happened because of it, in order.
+    def basis(self) -> Basis:
+        """What `weigh` needs of the state."""
+        waiting = tuple(self.pending) if self.slices is None else None
+        return Basis(waiting, _enough(self.settings), self.settings.window_size, tuple(self.reference))
 
-        ``evaluate`` scores answers to different requests, for chance; where it raises EvaluatorError the comparison
-        counts as unscored. Costs O(K) evaluations and a bet on each slice, whatever the window. Ignored in phase 1.
+    def observe(self, comparison: Comparison, evaluate: Evaluator, draw: random.Random) -> list[Event]:
+        """Weigh one comparison and take it in at once; ignored in phase 1."""
+        if self.phase is Phase.COLLECT:
+            return []
+        return self.take(weigh(comparison, self.basis(), evaluate, draw), draw)
+
+    def take(self, weighed: Weighed, draw: random.Random) -> list[Event]:
+        """Take in one comparison; what happened because of it, in order. Ignored in phase 1.
+
+        Costs a bet on each slice, whatever the window, and asks no evaluator. Raises `Stale` before it changes
+        anything, where the thresholds were set, or another comparison came to wait for them, since it was weighed.
         """
         if self.phase is Phase.COLLECT:
             return []
+        comparison, pending = weighed.comparison, weighed.pending
+        if pending is not None:
+            self._check_basis(pending, weighed)
         self.comparisons += 1
         if self.forced > 0:
             self.forced -= 1
-        pending = self._admit(comparison, evaluate)
         if pending is None:
-            self.unscored += 1
-            return [Event(EventKind.UNSCORED, {"comparison": comparison.id, "unscored": self.unscored})]
+            return self._unscored(comparison, "it has no score")
         if self.slices is None:
             self.pending.append(pending)
             self._remember(pending, draw)
-            return self._open(evaluate, draw) + self._settle() if len(self.pending) >= self._enough() else []
-        try:
-            c, chances = chance(pending.local, pending.remote, self.reference, evaluate, draw)
-        except EvaluatorError:
-            self.unscored += 1
-            return [Event(EventKind.UNSCORED, {"comparison": comparison.id, "unscored": self.unscored})]
+            return self._open(weighed.opening) + self._settle() if weighed.opening else []
+        if not isinstance(weighed.chance, _Chance):
+            return self._unscored(comparison, str(weighed.chance))
         self._remember(pending, draw)
-        seen = self._numbers(pending, c, chances)
+        seen = self._numbers(pending, weighed.chance)
         events = []
         if comparison.served and self.phase is Phase.SERVE:
             events += self._check(seen, comparison.probability)
@@ -377,50 +539,72 @@ class Trust:
         self.slices.add(seen.confidence, seen.score, x, seen.weight)
         return events + self._settle()
 
+    def _check_basis(self, pending: _Pending, weighed: Weighed) -> None:
+        if self.slices is not None:
+            if weighed.chance is None:
+                raise Stale
+            return
+        if weighed.opening is None:
+            raise Stale
+        waiting = [*self.pending, pending]
+        due = waiting if len(waiting) >= _enough(self.settings) else []
+        if [one for one, _ in weighed.opening] != due:
+            raise Stale
+
+    def _unscored(self, comparison: Comparison, why: str) -> list[Event]:
+        self.unscored += 1
+        if comparison.served and self.phase is Phase.SERVE and comparison.probability > 0.0:
+            # A spot check that brought no score: nobody speaks for the answers that it stood for.
+            self._leave_out(1.0 / comparison.probability, accepted=True)
+        return [Event(EventKind.UNSCORED, {"comparison": comparison.id, "unscored": self.unscored, "why": why})]
+
+    def _leave_out(self, answers: float, *, accepted: bool) -> None:
+        self.unverified += answers
+        if accepted:
+            self.accepted -= answers
+
     def promoted(
         self, seed: Sequence[Comparison], evaluate: Evaluator, draw: random.Random, *, attempts: int = 1
     ) -> list[Event]:
-        """A new champion, with its comparisons on the held-out examples.
+        """Weigh a new champion's held-out comparisons and begin with them at once; see `begin`."""
+        return self.begin(weigh_seed(seed, self.settings, evaluate, draw), draw, attempts=attempts, before=self.phase)
+
+    def begin(self, seed: Seed, draw: random.Random, *, attempts: int = 1, before: Phase) -> list[Event]:
+        """A new champion, with its comparisons on the held-out examples. ``before`` is the phase of the one before it.
 
         ``attempts`` counts the candidates tried on these examples since the last promotion, this one included.
-        Phase 1 becomes 2, and any phase becomes 3 at once where the seed certifies a slice.
+        It is shadowed, or serves at once where the seed certifies a slice; its sampling rate begins at 1 either way:
+        that the last version had earned a lower one says nothing about this one.
         """
-        before, rate = self.phase, self.rate
         self._reset()
-        self.threshold, self.rate, self.forced = None, 1.0, 0
+        self.phase, self.threshold, self.rate, self.forced = Phase.SHADOW, None, 1.0, 0
         self.coaching = self.alarmed = self.training_due = False
-        events = [Event(EventKind.PROMOTED, {"seed": len(seed), "attempts": attempts})]
-        # Any phase may be entered again from here; which one it is, is told once, below.
-        self.phase = Phase.SHADOW
-        for comparison in seed:
-            self.comparisons += 1
-            pending = self._admit(comparison, evaluate)
-            if pending is None:
-                self.unscored += 1
-                continue
-            self.pending.append(pending)
+        self.comparisons = seed.count
+        self.unscored = seed.count - len(seed.waiting)
+        self.pending = list(seed.waiting)
+        for pending in seed.waiting:
             self._remember(pending, draw)
-        if len(self.pending) >= self._enough():
-            events += self._open(evaluate, draw)
-            if attempts > 1 and self.slices is not None:
-                self.slices.hedge(1.0 / attempts)
-        certified = self.slices is not None and self.slices.certified is not None
+        events = [Event(EventKind.PROMOTED, {"seed": seed.count, "attempts": attempts})]
+        opened = self._open(seed.opening) if seed.opening else []
+        if attempts > 1 and self.slices is not None:
+            self.slices.hedge(1.0 / attempts)
+        certified = self._certify()
         if before is Phase.SERVE and certified:
-            self.phase, self.rate = Phase.SERVE, rate
-            events += self._widen()
-            return events
+            # It goes on serving; the two moves that lie between are nobody's news.
+            return [*events, *opened, *(event for event in certified if event.kind is not EventKind.PHASE)]
         move = advance(before, Signal.PROMOTED)
         if move is not None:
-            events.append(_phase(move.before, move.after, Signal.PROMOTED, {"seed": len(seed)}))
-        return events + self._settle()
+            opened.append(_phase(move.before, move.after, Signal.PROMOTED, {"seed": seed.count}))
+        return [*events, *opened, *certified]
 
-    def withdrawn(self) -> list[Event]:
-        """There is no champion any more: back to phase 1."""
-        before = self.phase
-        self._reset()
-        self.phase, self.threshold, self.rate = Phase.COLLECT, None, 1.0
-        self.coaching = self.alarmed = False
-        return [] if before is Phase.COLLECT else [_phase(before, Phase.COLLECT, Signal.WITHDRAWN, {})]
+    def resumed(self, *, before: Phase) -> list[Event]:
+        """Champion again: it goes on from what it had earned itself, and is checked from a rate of 1 down."""
+        self.rate = 1.0
+        self.training_due = False
+        events = [Event(EventKind.PROMOTED, {"resumed": self.comparisons})]
+        if before is not self.phase:
+            events.append(_phase(before, self.phase, Signal.PROMOTED, {"resumed": self.comparisons}))
+        return events
 
     def refused(self, reason: str = "") -> list[Event]:
         """A retrained candidate did not pass the gate. After an alarm of the guard this ends phase 3."""
@@ -441,8 +625,10 @@ class Trust:
         """Take in local answers, compared or not, in batches of any size; an alarm forces some spot checks."""
         events = []
         for seen in observations:
-            if seen.served and self.phase is Phase.SERVE:
-                self.served_count += 1
+            accepted = seen.served and self.phase is Phase.SERVE
+            self.accepted += accepted
+            if seen.unverified > 0.0:
+                self._leave_out(seen.unverified, accepted=accepted)
             if self.phase is not Phase.SERVE and self.watcher.detectors:
                 continue
             signs = self.watcher.add(seen)
@@ -452,22 +638,6 @@ class Trust:
         return events
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _enough(self) -> int:
-        return self.settings.warm_up if self.settings.deferral else 10
-
-    def _admit(self, comparison: Comparison, evaluate: Evaluator) -> _Pending | None:
-        score = comparison.score
-        if score is None or not 0.0 <= score <= 1.0:
-            return None
-        project = getattr(evaluate, "project", None)
-        local, remote = comparison.local, comparison.remote
-        if project is not None:
-            local, remote = project(local), project(remote)
-        weight = 1.0
-        if comparison.probability > 0.0:
-            weight = min(1.0, max(0.0, comparison.sampling_rate / comparison.probability))
-        return _Pending(round(comparison.confidence, 9), score, weight, dict(comparison.parts), local, remote)
 
     def _remember(self, pending: _Pending, draw: random.Random) -> None:
         """Keep the answers to draw chance scores from, as a fair sample of the traffic."""
@@ -487,22 +657,17 @@ class Trust:
             self.place = (self.place + 1) % len(self.reference)
             self.reference[self.place] = (pending.local, pending.remote)
 
-    def _open(self, evaluate: Evaluator, draw: random.Random) -> list[Event]:
+    def _open(self, opening: Sequence[tuple[_Pending, _Chance | str]]) -> list[Event]:
         """Fix the thresholds and let the comparisons that waited for them bet."""
-        waiting, self.pending = self.pending, []
+        self.pending = []
         seen: list[_Seen] = []
         events = []
-        answers = [(pending.local, pending.remote) for pending in waiting] * 2
-        span = min(len(waiting) - 1, self.settings.window_size)
-        for i, pending in enumerate(waiting):
-            others = answers[i + 1 : i + 1 + span]
-            try:
-                c, chances = chance(pending.local, pending.remote, others, evaluate, draw)
-            except EvaluatorError as error:
+        for pending, expected in opening:
+            if isinstance(expected, _Chance):
+                seen.append(self._numbers(pending, expected))
+            else:
                 self.unscored += 1
-                events.append(Event(EventKind.UNSCORED, {"unscored": self.unscored, "error": str(error)}))
-                continue
-            seen.append(self._numbers(pending, c, chances))
+                events.append(Event(EventKind.UNSCORED, {"unscored": self.unscored, "why": expected}))
         self._new_slices([one.confidence for one in seen])
         assert self.slices is not None
         for one in seen:
@@ -514,7 +679,7 @@ class Trust:
         thresholds = grid(confidences, self.settings.min_coverage) if self.settings.deferral else [0.0]
         self.slices = Slices(thresholds, self.settings.delta, confidences)
 
-    def _numbers(self, pending: _Pending, c: float, chances: Mapping[str, float]) -> _Seen:
+    def _numbers(self, pending: _Pending, expected: _Chance) -> _Seen:
         for name in pending.parts:
             if name not in self.since_all and len(self.since_all) <= 4 * _MOST_FIELDS:
                 self.since_all[name] = Tally()
@@ -523,10 +688,10 @@ class Trust:
         return _Seen(
             pending.confidence,
             round(pending.score, 6),
-            c,
+            expected.score,
             pending.weight if pending.weight == 1.0 else round(pending.weight, 6),
             [round(pending.parts.get(name, -1.0), 4) for name in self.fields],
-            [round(chances.get(name, 0.0), 4) for name in self.fields],
+            [round(expected.parts.get(name, 0.0), 4) for name in self.fields],
         )
 
     def _excess(self, seen: _Seen) -> float:
@@ -607,23 +772,23 @@ class Trust:
 
     def _settle(self) -> list[Event]:
         """Draw the consequences: certify, coach, retreat, set the rate."""
-        events: list[Event] = []
-        if self.slices is None:
-            return events
-        certified = self.slices.threshold
-        if self.phase is Phase.SHADOW and certified is not None:
-            self.phase = Phase.SERVE
-            events += self._widen()
-            events.append(_phase(Phase.SHADOW, Phase.SERVE, Signal.CERTIFIED, events[-1].evidence))
-        elif (
-            self.phase is Phase.SERVE
-            and certified is not None
-            and (self.alarmed or self.threshold is None or certified < self.threshold)
-        ):
-            events += self._widen()
-        if self.phase is Phase.SERVE:
+        events = self._certify()
+        if self.slices is not None and self.phase is Phase.SERVE:
             events += self._steer()
         return events
+
+    def _certify(self) -> list[Event]:
+        """Serve what is certified."""
+        certified = None if self.slices is None else self.slices.threshold
+        if certified is None:
+            return []
+        if self.phase is Phase.SHADOW:
+            self.phase = Phase.SERVE
+            events = self._widen()
+            return [*events, _phase(Phase.SHADOW, Phase.SERVE, Signal.CERTIFIED, events[-1].evidence)]
+        if self.phase is Phase.SERVE and (self.alarmed or self.threshold is None or certified < self.threshold):
+            return self._widen()
+        return []
 
     def _widen(self) -> list[Event]:
         """Serve the largest certified slice."""
@@ -753,11 +918,11 @@ class Trust:
         return 0.0 if k is None else self.slices.share(k)
 
     @property
-    def served_agreement(self) -> float | None:
-        """Agreement of all that was served since the promotion, unbiased; None before the first spot check."""
-        if self.checked_level is None or self.served_count == 0:
+    def accepted_agreement(self) -> float | None:
+        """See `Figures.accepted_agreement`."""
+        if self.checked_level is None or self.accepted <= 0.0:
             return None
-        return self.checked_level + self.checked_excess / self.served_count
+        return self.checked_level + self.checked_excess / self.accepted
 
     def figures(self) -> Figures:
         """Everything readable; costs a walk over the window."""
@@ -769,7 +934,8 @@ class Trust:
             coverage=self.coverage,
             comparisons=self.comparisons,
             unscored=self.unscored,
-            served_unbiased=self.served_agreement,
+            accepted_agreement=self.accepted_agreement,
+            unverified=self.unverified,
             window_all=self._scope([(seen, seen.weight) for seen in window]),
             window_served=self._scope([(seen, 1.0) for seen in self.served]),
             since_all=_scope(self.since_all),

@@ -25,6 +25,8 @@ class LocalObservation:
 
     ``valid``: it fitted the output schema. ``served``: it was (or, without a spot check, would have been) returned.
     ``input_length`` in characters; ``novelty`` in [0, 1] is the share of the input that is new, None where unknown.
+    ``unverified`` is how many answers nobody speaks for because of this one: 1 where the remote could not have been
+    asked, 1 / p where a spot check drawn with probability p brought no answer.
     """
 
     confidence: float
@@ -32,6 +34,7 @@ class LocalObservation:
     served: bool = True
     input_length: int | None = None
     novelty: float | None = None
+    unverified: float = 0.0
 
 
 class Watch:
@@ -122,7 +125,8 @@ class Watch:
         watch = cls(arl, settle)
         watch.first = [list(row) for row in data["first"]]
         watch.limits = {sign: list(limits) for sign, limits in data["limits"].items()}
-        watch.detectors = {sign: Detector(level, far, sums) for sign, (level, far, sums) in data["detectors"].items()}
+        far = arl * len(data["detectors"])
+        watch.detectors = {sign: Detector(level, far, sums) for sign, (level, _, sums) in data["detectors"].items()}
         return watch
 
 

@@ -247,6 +247,26 @@ def _on(op: Operations, name: str, event: str, statement: str, *, when: str | No
         op.execute(f"CREATE TRIGGER {name} {event} FOR EACH ROW{condition} BEGIN {statement}; END")
 
 
+def create_version_states(op: Operations) -> None:
+    """Trust belongs to a version, whatever is champion. A task's own row goes on to hold a copy of its champion's."""
+    op.create_table(
+        "version_states",
+        Column("task", Text, primary_key=True),
+        Column("version", Text, primary_key=True),
+        Column("phase", Integer, nullable=False),
+        Column("threshold", Float),
+        *_floats("sampling_rate"),
+        *_wholes("revision"),
+        *_floats("updated_at"),
+        *_texts("trust"),
+    )
+    op.execute(
+        "INSERT INTO version_states (task, version, phase, threshold, sampling_rate, revision, updated_at, trust) "
+        "SELECT task, champion, phase, threshold, sampling_rate, revision, updated_at, trust FROM tasks "
+        "WHERE champion IS NOT NULL"
+    )
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -257,6 +277,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_ledger,
     stop_input_digest,
     create_totals,
+    create_version_states,
 )
 LATEST = len(_STEPS)
 

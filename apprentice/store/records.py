@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
+from apprentice.decision import Policy
 from apprentice.events.kinds import Level
+from apprentice.phases import Phase
 
 __all__ = [
     "CapWindow",
@@ -22,12 +24,12 @@ __all__ = [
     "ExampleRecord",
     "Lease",
     "NextCall",
-    "PolicyRow",
     "Reservation",
     "RunRecord",
     "Settlement",
     "SpendRow",
     "StateChange",
+    "TaskPolicy",
     "TaskState",
     "Usage",
     "VersionRecord",
@@ -93,24 +95,26 @@ class EventRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyRow:
-    """What the next request of a task needs to know; see `TaskState`."""
+class TaskPolicy:
+    """What the next request of a task needs to know: the version wanted, and the policy of each that may serve."""
 
     task: str
-    phase: int
     champion: str | None
-    threshold: float | None
-    sampling_rate: float
-    revision: int
     training_due: str | None
+    policies: Mapping[str, Policy]
+
+    def of(self, version: str | None) -> Policy:
+        """A version's own policy. One of which the store knows nothing is shadowed; without one the remote answers."""
+        if version is None:
+            return Policy(Phase.COLLECT)
+        return self.policies.get(version) or Policy(Phase.SHADOW, version)
 
 
 @dataclass(frozen=True, slots=True)
 class StateChange:
-    """The new values of a task's state, and what is recorded with them. Begin with `TaskState.change`."""
+    """The new values of a version's state, and what is recorded with them. Begin with `TaskState.change`."""
 
     phase: int
-    champion: str | None
     threshold: float | None
     sampling_rate: float
     trust: str
@@ -121,20 +125,22 @@ class StateChange:
 
 @dataclass(frozen=True, slots=True)
 class TaskState:
-    """Where a task stands. ``trust`` is "" until something was learnt; ``revision`` counts the changes.
+    """Where a version of a task stands, by default its champion; None, and phase 1, while there is none.
 
-    ``training_due`` holds the reason why training is due, or None.
+    ``trust`` is "" until something was learnt of the version, and ``revision`` counts its changes. ``champion`` and
+    ``training_due``, the reason why training is due, or None, are the task's.
     """
 
     task: str
-    phase: int
     champion: str | None
+    training_due: str | None
+    version: str | None
+    phase: int
     threshold: float | None
     sampling_rate: float
-    trust: str
     revision: int
-    training_due: str | None
     updated_at: float
+    trust: str
 
     def change(
         self, *, comparisons: Sequence[ComparisonRecord] = (), events: Sequence[EventRecord] = (), **values: Any
@@ -142,7 +148,6 @@ class TaskState:
         """A change that keeps everything but ``values``."""
         kept: dict[str, Any] = {
             "phase": self.phase,
-            "champion": self.champion,
             "threshold": self.threshold,
             "sampling_rate": self.sampling_rate,
             "trust": self.trust,

@@ -28,12 +28,12 @@ from apprentice.store.records import (
     Held,
     Lease,
     NextCall,
-    PolicyRow,
     Reservation,
     RunRecord,
     Settlement,
     SpendRow,
     StateChange,
+    TaskPolicy,
     TaskState,
     VersionRecord,
     VersionStatus,
@@ -98,20 +98,25 @@ class Store:
         with self._write() as tx:
             states.ensure(tx, names, self._clock())
 
-    def policies(self) -> dict[str, PolicyRow]:
-        """Every task's policy, in one cheap query."""
+    def policies(self) -> dict[str, TaskPolicy]:
+        """Every task's champion and the policies of its versions, in one cheap query."""
         with self._database.read() as tx:
             return states.policies(tx)
 
-    def policy_row(self, task: str) -> TaskState:
-        """All that is known of where a task stands."""
+    def policy_row(self, task: str, version: str | None = None) -> TaskState:
+        """All that is known of where a version of a task stands, its champion where none is named."""
         with self._database.read() as tx:
-            return states.state(tx, task)
+            return states.state(tx, task, version)
 
-    def update_state(self, task: str, change: Callable[[TaskState], StateChange]) -> TaskState:
-        """Read, change and write a task's state in one transaction. ``change`` sees no other writer's half."""
+    def update_state(
+        self, task: str, change: Callable[[TaskState], StateChange], *, version: str | None = None
+    ) -> TaskState:
+        """Read, change and write a version's state (its champion's where none is named) in one transaction.
+
+        ``change`` sees no other writer's half. It runs inside the transaction: it must not wait for anything.
+        """
         with self._write(durable=True) as tx:
-            return states.update_state(tx, task, change, self._clock())
+            return states.update_state(tx, task, version, change, self._clock())
 
     # examples
 
@@ -138,7 +143,7 @@ class Store:
             if change is not None:
                 if name is None:
                     raise TypeError("complete_remote needs task= to change a state without an example")
-                state = states.update_state(tx, name, change, at)
+                state = states.update_state(tx, name, None, change, at)
             windows, held = ledger.end_calls(tx, settlements, at, next_call)
             if example is not None:
                 examples.add(tx, example)
@@ -229,12 +234,16 @@ class Store:
         with self._database.read() as tx:
             return versions.one(tx, task, name)
 
-    def promote(self, task: str, name: str, change: Callable[[TaskState], StateChange], reason: str) -> TaskState:
-        """Make a version the champion: retire the old one, change the state, record the event, in one transaction."""
-        at = self._clock()
-        event = EventRecord(uuid.uuid4().hex, task, "promoted", "info", {"version": name, "reason": reason}, at)
+    def promote(
+        self, task: str, name: str, change: Callable[[TaskState, TaskState], StateChange], reason: str
+    ) -> TaskState:
+        """Make a version the champion: retire the old one and write the new one's state, in one transaction.
+
+        ``change`` is given the state of the champion before it, and its own, which may be from an earlier time as
+        champion. What the old one had learnt stays with it.
+        """
         with self._write(durable=True) as tx:
-            return versions.promote(tx, task, name, change, reason, event, at)
+            return versions.promote(tx, task, name, change, reason, self._clock())
 
     # runs and leases
 

@@ -21,6 +21,7 @@ __all__ = [
     "metadata",
     "runs",
     "tasks",
+    "version_states",
     "versions",
 ]
 
@@ -34,6 +35,8 @@ def _seq() -> Column[int]:
     return Column("seq", _Seq, primary_key=True, autoincrement=True)
 
 
+# ``champion`` is the version that is wanted. The numbers beside it are a copy of that version's row in
+# ``version_states``, for processes from before there was one; see `states`.
 tasks = Table(
     "tasks",
     metadata,
@@ -46,6 +49,20 @@ tasks = Table(
     Column("revision", BigInteger, nullable=False),
     Column("training_due", Text),
     Column("updated_at", Float, nullable=False),
+)
+
+# Where each version of a task stands. The trust comes last: who reads the numbers does not read through it.
+version_states = Table(
+    "version_states",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("phase", Integer, nullable=False),
+    Column("threshold", Float),
+    Column("sampling_rate", Float, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Column("trust", Text, nullable=False),
 )
 
 examples = Table(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import bindparam, select, update
@@ -14,7 +13,7 @@ from apprentice.errors import StoreError
 from apprentice.store import states
 from apprentice.store.database import Transaction
 from apprentice.store.examples import dumps
-from apprentice.store.records import EventRecord, StateChange, TaskState, VersionRecord, VersionStatus
+from apprentice.store.records import StateChange, TaskState, VersionRecord, VersionStatus
 from apprentice.store.tables import versions
 
 __all__ = ["add", "of_task", "one", "promote", "set_status"]
@@ -82,13 +81,11 @@ def promote(
     tx: Transaction,
     task: str,
     name: str,
-    change: Callable[[TaskState], StateChange],
+    change: Callable[[TaskState, TaskState], StateChange],
     reason: str,
-    event: EventRecord,
     at: float,
 ) -> TaskState:
-    before = states.state(tx, task, lock=True)
+    states.state(tx, task, lock=True)  # every writer of a task takes this lock first
     set_status(tx, task, name, "champion", reason)
     tx.run(_retire_champions, {"b_task": task, "b_name": name, "b_reason": f"succeeded by {name}"})
-    new = change(before)
-    return states.apply(tx, before, replace(new, champion=name, events=(*new.events, event)), at)
+    return states.promote(tx, task, name, change, at)

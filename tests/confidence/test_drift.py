@@ -70,7 +70,7 @@ def test_a_guard_through_text():
     one = Guard(0.95, 1000)
     for _ in range(100):
         one.add(float(draw.random() < 0.95))
-    two = Guard.load(json.loads(json.dumps(one.dump())))
+    two = Guard.load(json.loads(json.dumps(one.dump())), 1000)
     later = [float(draw.random() < 0.6) for _ in range(200)]
     first = next(i for i, s in enumerate(later) if one.add(s))
     assert first == next(i for i, s in enumerate(later) if two.add(s))

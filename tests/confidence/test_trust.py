@@ -88,7 +88,7 @@ def test_a_good_seed_serves_at_once():
     """Enough held-out comparisons certify at the promotion: from 1 to 3 without a request in shadow."""
     world = World()
     world.promote(seed=200)
-    assert world.trust.policy_numbers == (Phase.SERVE, 0.0, pytest.approx(SETTINGS.max_fall, abs=0.06))
+    assert world.trust.policy_numbers == (Phase.SERVE, 0.0, 1.0)
 
 
 def test_many_attempts_on_the_same_seed_need_more():
@@ -130,7 +130,7 @@ def test_the_rate_never_falls_faster_than_the_factor():
         for _ in range(500):
             world.requests(1)
             rate = world.trust.policy_numbers.sampling_rate
-            assert rate >= last * SETTINGS.max_fall - 1e-12
+            assert rate >= last * (1.0 - SETTINGS.max_fall) - 1e-12
             assert rate >= SETTINGS.min_floor
             last = rate
 
@@ -189,15 +189,6 @@ def test_a_task_at_its_trigger_does_not_flap():
     world.requests(5000)
     assert world.kinds().count(EventKind.PHASE) <= 4
     assert world.kinds().count(EventKind.COACHING) <= 40
-
-
-def test_withdrawn_is_phase_1():
-    """Without a champion there is nothing to shadow."""
-    world = World()
-    world.promote(seed=200)
-    assert world.trust.withdrawn()[0].evidence["after"] == 1
-    assert world.trust.policy_numbers == (Phase.COLLECT, None, 1.0)
-    assert world.trust.withdrawn() == []
 
 
 def test_forced_checks_run_out():
@@ -345,7 +336,7 @@ def test_the_estimate_of_what_was_served_is_unbiased_in_full():
 
 def test_deferred_requests_do_not_make_it_shy():
     """Once serving, most comparisons are deferred, hard ones: agreement over everything is still the traffic's."""
-    world = World(lambda g: 0.99 if g > 0.5 else 0.3, replace(SETTINGS, max_fall=0.8), seed=5)
+    world = World(lambda g: 0.99 if g > 0.5 else 0.3, replace(SETTINGS, max_fall=0.2), seed=5)
     world.promote(seed=150)
     world.requests(6000)
     assert world.trust.phase is Phase.SERVE

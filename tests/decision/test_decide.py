@@ -53,12 +53,6 @@ def test_without_a_remote_nothing_is_deferred():
         )
 
 
-def test_forced_checks_are_certain():
-    """While checks are forced every request is one, with probability 1."""
-    plan = decide(Policy(Phase.SERVE, "v1", 0.8, 0.1, forced=3), FINE, 0.99)
-    assert (plan.reason, plan.probability) == (Reason.SPOT_CHECK, 1.0)
-
-
 def test_the_share_of_spot_checks_is_the_rate():
     """Over 10,000 draws the share of spot checks is the rate, to within five standard errors."""
     draw = random.Random(1)
@@ -73,7 +67,6 @@ def test_the_share_of_spot_checks_is_the_rate():
         st.sampled_from([None, "v1"]),
         st.sampled_from([None, 0.0, 0.7]),
         st.floats(0.0, 1.0),
-        st.integers(0, 2),
     ),
     st.builds(Headroom, st.booleans(), st.booleans(), st.booleans()),
     st.floats(0.0, 1.0, exclude_max=True),
@@ -82,7 +75,7 @@ def test_what_no_plan_may_do(policy: Policy, headroom: Headroom, draw: float):
     """No plan asks what is not there; somebody is asked whenever anybody is; without trust the remote is asked."""
     plan = decide(policy, headroom, draw)
     remote = headroom.remote_affordable and headroom.remote_healthy
-    local = headroom.local_healthy and policy.champion is not None and policy.phase is not Phase.COLLECT
+    local = headroom.local_healthy and policy.version is not None and policy.phase is not Phase.COLLECT
     assert plan.remote <= remote
     assert plan.local <= local
     assert (plan.remote or plan.local) == (remote or local)

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from apprentice.decision import Policy
 from apprentice.errors import StoreError
+from apprentice.phases import Phase
 from apprentice.store import (
     CapWindow,
     ComparisonRecord,
@@ -83,7 +85,8 @@ def test_a_new_task_collects(store: Store) -> None:
     store.ensure_tasks(["a", "b"])
     store.update_state("a", lambda s: s.change(phase=2))
     store.ensure_tasks(["a", "b", "c"])
-    assert {name: row.phase for name, row in store.policies().items()} == {"a": 2, "b": 1, "c": 1}
+    assert {name: row.champion for name, row in store.policies().items()} == {"a": None, "b": None, "c": None}
+    assert store.policy_row("a").phase == 2
     fresh = store.policy_row("b")
     assert (fresh.champion, fresh.threshold, fresh.sampling_rate, fresh.trust, fresh.revision) == (None, None, 1, "", 0)
 
@@ -221,30 +224,102 @@ def test_counts_add_up(store: Store) -> None:
 
 
 def test_promotion_is_one_step(store: Store) -> None:
-    """The old champion retires, the new one serves, the state follows, and an event says so."""
+    """The old champion retires and keeps what it learnt, the new one begins, and may come back to its own."""
     store.ensure_tasks(["a"])
     for name in ("one", "two"):
         store.add_version(version(name))
         store.add_version(replace(version(name), reason="added again"))
-        store.promote("a", name, lambda s: s.change(phase=2, trust=f"T{s.revision}"), f"{name} is better")
+        store.promote("a", name, lambda _, own: own.change(phase=2, trust=f"T {own.version}"), f"{name} is better")
+        store.update_state("a", lambda s: s.change(trust=s.trust + "!"))
     assert {v.name: (v.status, v.reason) for v in store.versions("a")} == {
         "one": ("retired", "succeeded by two"),
         "two": ("champion", "two is better"),
     }
     assert store.policy_row("a").champion == "two"
-    assert [e.evidence["version"] for e in store.events("a")] == ["one", "two"]
+    assert store.policy_row("a").trust == "T two!"
+    assert store.policy_row("a", "one").trust == "T one!"
+    store.promote("a", "one", lambda before, own: own.change(trust=f"{own.trust} after {before.version}"), "back")
+    assert store.policy_row("a").trust == "T one! after two"
     found = store.version("a", "two")
     assert found is not None
     assert found.record == {"loss": 0.5}
+
+
+def test_every_version_has_a_state_of_its_own(store: Store) -> None:
+    """What one version learns changes no other; all policies come in one look; an unknown one is shadowed."""
+    store.ensure_tasks(["a", "b"])
+    for name in ("one", "two"):
+        store.add_version(version(name))
+        store.promote("a", name, lambda _, own: own.change(phase=3, threshold=0.5, sampling_rate=0.1), "better")
+    store.update_state("a", lambda s: s.change(phase=2, threshold=None, training_due="escalated"), version="one")
+    policies = store.policies()["a"]
+    assert (policies.champion, policies.training_due) == ("two", "escalated")
+    assert policies.of("one") == Policy(Phase.SHADOW, "one", None, 0.1)
+    assert policies.of("two") == Policy(Phase.SERVE, "two", 0.5, 0.1)
+    assert policies.of("ghost") == Policy(Phase.SHADOW, "ghost", None, 1.0)
+    assert policies.of(None) == Policy(Phase.COLLECT)
+    assert store.policies()["b"].of(None) == Policy(Phase.COLLECT)
+    assert store.policy_row("a", "ghost").phase == 2
+
+
+def test_versions_that_nothing_serves_are_forgotten_in_the_end(store: Store, clock: Any) -> None:
+    """The newest sixteen and the two that may serve are remembered, the champion before among them."""
+    store.ensure_tasks(["a"])
+    for n in range(30):
+        clock.now += 1
+        store.add_version(version(f"v{n}"))
+        store.promote("a", f"v{n}", lambda _, own: own.change(trust="T"), "better")
+    assert set(store.policies()["a"].policies) == {f"v{n}" for n in range(14, 30)}
+    store.promote("a", "v0", lambda _, own: own.change(trust=own.trust), "back")
+    assert store.policy_row("a").trust == ""
+
+
+OLD_WRITE = (
+    "UPDATE tasks SET phase = 2, threshold = NULL, sampling_rate = 1.0, trust = trust || '+old', "
+    "revision = revision + 1 WHERE task = 'a'"
+)
+
+
+def test_processes_from_before_versions_had_states_go_on_beside_new_ones(store: Store) -> None:
+    """They read and write the champion's numbers in the task's row: neither side loses what the other learnt."""
+    store.ensure_tasks(["a"])
+    store.add_version(version("one"))
+    store.add_version(version("two"))
+    store.promote("a", "one", lambda _, own: own.change(phase=3, threshold=0.5, sampling_rate=0.1, trust="new"), "good")
+
+    def old_reads() -> tuple[Any, ...]:
+        with store._database.read() as tx:
+            return tuple(tx.run_text("SELECT champion, phase, trust FROM tasks WHERE task = 'a'").fetchone())
+
+    def old_writes(sql: str) -> None:
+        with store._database.write(durable=True) as tx:
+            tx.run_text(sql)
+
+    assert old_reads() == ("one", 3, "new")
+    old_writes(OLD_WRITE)
+    assert store.policies()["a"].of("one") == Policy(Phase.SHADOW, "one", None, 1.0)
+    store.update_state("a", lambda s: s.change(trust=s.trust + "+new"))
+    assert old_reads() == ("one", 2, "new+old+new")
+    old_writes(OLD_WRITE)
+    # A new process promotes: what an old one taught the champion before it is kept with that version.
+    store.promote("a", "two", lambda before, own: own.change(phase=2, trust="fresh"), "better")
+    assert store.policy_row("a", "one").trust == "new+old+new+old"
+    store.update_state("a", lambda s: s.change(trust=s.trust + "!"), version="one")
+    assert old_reads() == ("two", 2, "fresh")
+    # An old process promotes a version that no new one has heard of.
+    old_writes("UPDATE tasks SET champion = 'three', phase = 3, trust = 'theirs', revision = revision + 1")
+    assert (store.policy_row("a").version, store.policy_row("a").trust) == ("three", "theirs")
+    assert store.policies()["a"].of("three").phase is Phase.SERVE
+    assert store.policy_row("a", "two").trust == "fresh"
 
 
 def test_promoting_what_is_not_there_changes_nothing(store: Store) -> None:
     """A version nobody added cannot be promoted, and the champion stays."""
     store.ensure_tasks(["a"])
     store.add_version(version("one"))
-    store.promote("a", "one", lambda s: s.change(), "good")
+    store.promote("a", "one", lambda _, own: own.change(), "good")
     with pytest.raises(StoreError, match="no version 'ghost'"):
-        store.promote("a", "ghost", lambda s: s.change(), "?")
+        store.promote("a", "ghost", lambda _, own: own.change(), "?")
     assert store.policy_row("a").champion == "one"
     assert store.version("a", "ghost") is None
 
@@ -408,7 +483,14 @@ def test_an_older_store_is_brought_up_to_date(url: str, monkeypatch: pytest.Monk
                 f"INSERT INTO examples ({columns}) VALUES "
                 """('x1', 'a', '{"text":"t1"}', '{"label":"l"}', 'anthropic', 'm', 'd', 1.0)"""
             )
+            columns = "task, phase, champion, threshold, sampling_rate, trust, revision, updated_at"
+            tx.run_text(f"INSERT INTO tasks ({columns}) VALUES ('a', 3, 'v1', 0.5, 0.1, 'T', 7, 1.0)")
+            tx.run_text(f"INSERT INTO tasks ({columns}) VALUES ('b', 1, NULL, NULL, 1.0, '', 0, 1.0)")
     with Store.open(url) as store:
+        state = store.policy_row("a", "v1")
+        assert (state.phase, state.threshold, state.sampling_rate, state.trust, state.revision) == (3, 0.5, 0.1, "T", 7)
+        assert set(store.policies()["a"].policies) == {"v1"}
+        assert store.policy_row("b").version is None
         assert [replace(one, seq=0) for one in store.examples("a")] == [example(1)]
         store.add_example(example(2))
         assert store.count_examples("a") == 2
