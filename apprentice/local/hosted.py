@@ -24,7 +24,9 @@ from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.served import ask_all, post
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
-from apprentice.remote.dialects import strict, without_null_options
+from apprentice.remote.answers import fit
+from apprentice.remote.dialects import strict
+from apprentice.remote.openai import read_chat
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.schema import SchemaError
 from apprentice.store import Usage
@@ -130,41 +132,37 @@ class HostedEngine:
         self._versions.close()
         self._client.close()
 
-    def _read(self, held: _Loaded, reply: Mapping[str, Any]) -> LocalAnswer:
-        usage = reply.get("usage", {})
-        counted = Usage(input=int(usage.get("prompt_tokens", 0)), output=int(usage.get("completion_tokens", 0)))
+    def _read(self, held: _Loaded, reply: Any) -> LocalAnswer:
+        """The answer in a reply, which is foreign: whatever is wrong with it is a failure of the engine."""
+        try:
+            completion = read_chat(reply)
+            tokens = _probabilities(reply["choices"][0])
+        except Exception as error:  # noqa: BLE001  # whatever reading it raises, there is no answer in it
+            raise EngineUnavailable(f"OpenAI's reply holds no answer ({type(error).__name__}: {error})") from None
+        counted = completion.usage or Usage()
         with self._lock:
             self._spent += held.prices.now().cost(counted)
+        version = held.version
+        if completion.stop == "refusal":
+            declined = Problem("answer", f"the model declined to give one (it stopped with {completion.reason}).")
+            raise OutputError(version.task, "the hosted model", [declined])
         try:
-            choice = reply["choices"][0]
-            text = choice["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            raise EngineUnavailable("OpenAI's reply holds no answer") from None
-        schema = held.version.output_schema
-        try:
-            output = schema.parse(text)
-        except SchemaError:
-            try:
-                output = schema.check(without_null_options(schema.json_schema, _json(text)))
-            except SchemaError as error:
-                raise OutputError(held.version.task, "the hosted model", error.problems) from None
-        rows = (choice.get("logprobs") or {}).get("content")
-        tokens = [(row["token"], row["logprob"]) for row in rows] if rows else None
+            output = fit(completion, version.output_schema, self._max_new_tokens, version.task)
+        except SchemaError as error:
+            raise OutputError(version.task, "the hosted model", error.problems) from None
         fields = field_confidence(held.skeleton, output, tokens)
         return LocalAnswer(
             output=output,
             confidence=min(fields.values(), default=1.0),
             field_confidence=fields,
-            version=held.version.name,
+            version=version.name,
             prompt_tokens=counted.input,
             answer_tokens=counted.output,
         )
 
 
-def _json(text: str) -> Any:
-    import json
-
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+def _probabilities(choice: Mapping[str, Any]) -> list[tuple[str, float]] | None:
+    """Each token's text and natural log-probability; None where the vendor gives none that are any."""
+    rows = (choice.get("logprobs") or {}).get("content")
+    tokens = [(str(row["token"]), float(row["logprob"])) for row in rows or ()]
+    return tokens if tokens and all(logprob <= 0.0 for _, logprob in tokens) else None

@@ -28,7 +28,7 @@ from apprentice.remote.usage import usage_of
 from apprentice.store import Usage
 from apprentice.transport import Endpoint, Request
 
-__all__ = ["OpenAIChat", "OpenAIResponses"]
+__all__ = ["OpenAIChat", "OpenAIResponses", "read_chat"]
 
 _OPENAI = "https://api.openai.com/v1"
 _ORDINARY = ("stop", "tool_calls", "function_call", "", None)
@@ -108,17 +108,22 @@ class OpenAIChat:
         return fixed
 
     def parse(self, body: Any) -> Completion:
-        choice = body["choices"][0]
-        finish = choice.get("finish_reason")
-        if choice.get("error") or finish == "error":  # a gateway, whose vendor failed in the middle
-            raise VendorError(choice.get("error") or {"message": "the answer ended with an error"})
-        message = choice["message"]
-        text, usage = text_of(message.get("content")), _chat_usage(body.get("usage"))
-        if message.get("refusal") or _declines(message.get("content")):
-            return Completion(text, usage, "refusal", "refusal")
-        if finish in _ORDINARY:
-            return Completion(text, usage)
-        return Completion(text, usage, _STOPS.get(finish, "end"), str(finish))
+        return read_chat(body)
+
+
+def read_chat(body: Any) -> Completion:
+    """Read the JSON body of a 2xx response of Chat Completions; raises as `Provider.parse`."""
+    choice = body["choices"][0]
+    finish = choice.get("finish_reason")
+    if choice.get("error") or finish == "error":  # a gateway, whose vendor failed in the middle
+        raise VendorError(choice.get("error") or {"message": "the answer ended with an error"})
+    message = choice["message"]
+    text, usage = text_of(message.get("content")), _chat_usage(body.get("usage"))
+    if message.get("refusal") or _declines(message.get("content")):
+        return Completion(text, usage, "refusal", "refusal")
+    if finish in _ORDINARY:
+        return Completion(text, usage)
+    return Completion(text, usage, _STOPS.get(finish, "end"), str(finish))
 
 
 def _declines(parts: Any) -> bool:

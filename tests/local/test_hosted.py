@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from apprentice.errors import ConfigError, EngineUnavailable, VersionError
+from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.hosted import HostedEngine
 from apprentice.schema import parse_schema
@@ -27,6 +27,7 @@ class Vendor:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.status = 200
+        self.body: str | None = None
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         assert request.headers["authorization"] == "Bearer key"
@@ -34,6 +35,8 @@ class Vendor:
         self.asked.append(json.loads(request.content))
         if self.status != 200:
             return httpx.Response(self.status, json={"error": {"message": "no"}})
+        if self.body is not None:
+            return httpx.Response(200, content=self.body)
         tokens = [('{"', 0.0), ("label", 0.0), ('":"', 0.0), ("b", math.log(0.8)), ('","', 0.0), ('note":null}', 0.0)]
         return httpx.Response(
             200,
@@ -96,3 +99,59 @@ def test_a_vendor_that_fails_is_unavailable_and_its_key_stays_secret(engine: Hos
     with pytest.raises(EngineUnavailable) as caught:
         engine.answer("v1", {"text": "hello"}, deadline_s=5)
     assert "Bearer" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[" * 100_000,
+        "null",
+        "[]",
+        '{"choices": 5}',
+        '{"choices": [{"message": {"content": {"label": "a"}}}]}',
+        '{"choices": [{"message": {"content": "{}"}, "logprobs": {"content": [5]}}]}',
+        '{"error": {"message": "later", "code": 429}}',
+        '{"choices": [{"error": {"message": "later"}, "message": {"content": "{}"}}]}',
+    ],
+)
+def test_a_reply_that_its_api_does_not_describe(engine: HostedEngine, vendor: Vendor, body: str) -> None:
+    """It is a failure of the engine, so that the remote answers."""
+    engine.load(VERSION)
+    vendor.body = body
+    with pytest.raises(EngineUnavailable):
+        engine.answer("v1", {"text": "hello"}, deadline_s=5)
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "says"),
+    [
+        ({"content": None, "refusal": "No."}, "stop", "declined"),
+        ({"content": ""}, "content_filter", "content_filter"),
+        ({"content": ""}, "stop", "is empty"),
+        ({"content": '{"lab'}, "length", "cut off"),
+        ({"content": '{"label": "c"}'}, "stop", "label"),
+        ({"content": '{"label": ' + "[" * 5_000}, "stop", "answer"),
+    ],
+)
+def test_an_answer_that_does_not_fit(
+    engine: HostedEngine, vendor: Vendor, message: dict[str, Any], finish: str, says: str
+) -> None:
+    """It is no answer, and says why, as the remote's are."""
+    engine.load(VERSION)
+    vendor.body = json.dumps({"choices": [{"message": message, "finish_reason": finish}]})
+    with pytest.raises(OutputError, match=says):
+        engine.answer("v1", {"text": "hello"}, deadline_s=5)
+
+
+@pytest.mark.parametrize("logprob", ["NaN", "Infinity", "5", "null", "1e999"])
+def test_probabilities_that_are_none(engine: HostedEngine, vendor: Vendor, logprob: str) -> None:
+    """They never become a confidence."""
+    engine.load(VERSION)
+    row = f'{{"token": "x", "logprob": {logprob}}}'
+    content = json.dumps('{"label": "a"}')
+    vendor.body = f'{{"choices": [{{"message": {{"content": {content}}}, "logprobs": {{"content": [{row}]}}}}]}}'
+    try:
+        answer = engine.answer("v1", {"text": "hello"}, deadline_s=5)
+    except EngineUnavailable:
+        return
+    assert answer.field_confidence == {"label": 0.5}
