@@ -97,7 +97,7 @@ def assemble(
         backlog = Backlog(alerts)
         tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S) | backlog.write())
         if engine is None:
-            engine = build_engine(settings.local, settings.root)
+            engine = build_engine(settings.local, settings.root, leases=store)
             opened.callback(engine.close)
         switch = Switch(engine, _lookup(settings, store), alert=alerts)
         router = Router(

@@ -90,7 +90,7 @@ class Workshop:
             return self.engine_in_use
         from apprentice.local import build_engine  # loads what serves, which only a worker of its own needs
 
-        engine = build_engine(self.settings.local, self.settings.root)
+        engine = build_engine(self.settings.local, self.settings.root, leases=self.store)
         self._own.append(engine.close)
         return engine
 

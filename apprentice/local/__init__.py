@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import uuid
 from pathlib import Path
 
 from apprentice.config import LocalSettings
 from apprentice.local.engine import Engine
+from apprentice.local.leases import HoldStore, SharedLeases
 
 __all__ = ["build_engine"]
 
 
-def build_engine(settings: LocalSettings, root: Path) -> Engine:
-    """The engine that ``local.backend`` names; relative paths start at ``root``. What it needs is imported here."""
+def build_engine(settings: LocalSettings, root: Path, *, leases: HoldStore | None = None) -> Engine:
+    """The engine that ``local.backend`` names; relative paths start at ``root``. What it needs is imported here.
+
+    ``leases``: the store in which processes agree on what they use on a server that they share; None: nobody shares it.
+    """
+    shared = SharedLeases(leases, _owner()) if leases is not None else None
     match settings.backend:
         case "embedded":
             from apprentice.local.embedded import EmbeddedEngine
@@ -30,7 +38,7 @@ def build_engine(settings: LocalSettings, root: Path) -> Engine:
             from apprentice.local.vllm import VllmEngine
 
             url = settings.url or "http://127.0.0.1:8000"
-            return VllmEngine(settings.base_model, root, url=url, max_new_tokens=settings.max_new_tokens)
+            return VllmEngine(settings.base_model, root, url=url, max_new_tokens=settings.max_new_tokens, leases=shared)
         case "ollama":
             from apprentice.local.ollama import OllamaEngine
 
@@ -40,3 +48,8 @@ def build_engine(settings: LocalSettings, root: Path) -> Engine:
             from apprentice.local.hosted import HostedEngine
 
             return HostedEngine(max_new_tokens=settings.max_new_tokens)
+
+
+def _owner() -> str:
+    """Names one engine of one process."""
+    return f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"

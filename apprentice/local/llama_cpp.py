@@ -37,6 +37,7 @@ from apprentice.local.gguf_file import GgufHeader, read_gguf_header, write_lora
 from apprentice.local.grammar import gbnf
 from apprentice.local.served import Framed, Pieces, Written, answer_by, ask_all, post
 from apprentice.local.skeleton import Free
+from apprentice.secrets import child_environment
 
 __all__ = ["LlamaCppEngine"]
 
@@ -313,7 +314,7 @@ def _start(wanted: Mapping[str, Any], version: str) -> tuple[subprocess.Popen[st
         text=True,
         # llama.cpp computes with OpenMP. Two servers whose threads spin while they wait for each other, on the same
         # cores, get a fifth of the work done (measured during swaps).
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+        env={"OMP_WAIT_POLICY": "PASSIVE", **child_environment(os.environ)},
         start_new_session=True,  # an interrupt at the keyboard is this process's to handle
     )
     assert process.stdin is not None

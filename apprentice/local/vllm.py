@@ -2,13 +2,16 @@
 
 Start it with ``--enable-lora`` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a machine that sees ``local.model_dir``
 under the same path. A version's name is its content hash, so the server's prefix cache, which goes by name, is never
-stale.
+stale. Several processes may share the server: an adapter is unloaded by the last that used it (`leases`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +20,24 @@ from typing import Any
 
 import httpx
 
-from apprentice.errors import ConfigError, EngineUnavailable, Problem, VersionError
+from apprentice.errors import ApprenticeError, ConfigError, EngineUnavailable, Problem, VersionError
 from apprentice.local.adapter import check_adapter
 from apprentice.local.base_model import resolve_base_model
 from apprentice.local.drained import Drained
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.grammar import gbnf
-from apprentice.local.served import Courtesy, Framed, Pieces, Written, answer_by, post
+from apprentice.local.leases import Alone, Leases
+from apprentice.local.served import Courtesy, Framed, Pieces, Written, answer_by, post, refusal
 from apprentice.local.skeleton import Free
 
 __all__ = ["VllmEngine"]
 
+_log = logging.getLogger(__name__)
+
 _AT_ONCE = 64
 _CALM_S = 600.0
+_LOAD_S = 120.0
 _MOST_LOGPROBS = 20
 """vLLM's default --max-logprobs."""
 _OPENERS = re.compile(r"(?<=<)(?=[|｜/\w])|(?<=\[)(?=/?\w)")
@@ -115,7 +122,7 @@ class _Loaded:
 
 
 class VllmEngine:
-    """See the module. ``transport`` replaces the network in tests."""
+    """See the module. ``leases`` know who else uses the server; ``transport`` replaces the network in tests."""
 
     def __init__(
         self,
@@ -124,6 +131,7 @@ class VllmEngine:
         *,
         url: str,
         max_new_tokens: int = 512,
+        leases: Leases | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._base_model = base_model
@@ -134,22 +142,38 @@ class VllmEngine:
         self._client = httpx.Client(base_url=self._url, limits=limits, transport=transport)
         self._versions: Drained[_Loaded] = Drained("vllm")
         self._courtesy = Courtesy(_AT_ONCE)
+        self._leases = leases or Alone()
+        self._changing = threading.Lock()
 
     def load(self, version: Version) -> None:
         """Load the adapter into the server, unless the server has it."""
-        models = self._models()
-        if self._versions.get(version.name) is not None and (version.adapter is None or version.name in models):
-            return
-        if version.adapter is None:
-            frame = self._own_frame()
-            model = next(iter(models))
-        else:
+        with self._changing:
+            if version.adapter is None:
+                if self._versions.get(version.name) is None:
+                    self._put(version, self._own_frame(), self._models()[0])
+                return
             base = resolve_base_model(self._base_model, self._root, dequantise=False)
             check_adapter(version.adapter, base, version.name)
             frame = Frame.load(version.adapter)
-            model = version.name
-            if model not in models:
-                self._load_adapter(version)
+            with self._leases.changing(self._url, version.name):
+                self._bring_in(version, frame)
+            self._tidy()
+
+    def _bring_in(self, version: Version, frame: Frame) -> None:
+        # First the lease: from here on nobody else unloads it.
+        self._leases.hold(self._url, version.name, loaded=False)
+        try:
+            there = version.name in self._models()
+            if not there and self._load_adapter(version):
+                self._leases.hold(self._url, version.name, loaded=True)
+            if not there or self._versions.get(version.name) is None:
+                self._put(version, frame, version.name)
+        except BaseException:
+            with contextlib.suppress(ApprenticeError):
+                self._end_lease(version.name)
+            raise
+
+    def _put(self, version: Version, frame: Frame, model: str) -> None:
         completer = _Completer(self._client, model, version.task)
         self._versions.put(version.name, _Loaded(Framed.of(version, frame, completer.frame), completer))
 
@@ -167,8 +191,8 @@ class VllmEngine:
             return answer_by(loaded.completer, loaded.framed, value, self._max_new_tokens, ends_at)
 
     def unload(self, version: str) -> None:
-        """Have the server let go of the adapter once its answers are out."""
-        self._versions.drop(version, lambda loaded: self._unload_adapter(loaded.framed.version))
+        """Use the adapter no longer once its answers are out; the last who used it takes it out of the server."""
+        self._versions.drop(version, self._leave)
 
     def loaded(self) -> list[LoadedVersion]:
         """What was loaded here; the server does not tell sizes."""
@@ -183,10 +207,44 @@ class VllmEngine:
         return Health(status == 200 and not self._versions.closed, "" if status == 200 else f"vLLM answers {status}")
 
     def close(self) -> None:
-        """Take the adapters out of the server, which goes on running."""
+        """Let go of every version; the server goes on running, with what others use."""
         for held in self._versions.close():
-            self._unload_adapter(held.framed.version)
+            try:
+                self._leave(held)
+            except ApprenticeError as error:
+                _log.warning("closing the vllm engine: %s", error)
+        self._leases.close()
         self._client.close()
+
+    def _leave(self, held: _Loaded) -> None:
+        version = held.framed.version
+        if version.adapter is None:
+            return
+        with self._changing:
+            if self._versions.get(version.name) is None:  # else it was loaded again meanwhile
+                self._let_go(version.name)
+
+    def _let_go(self, name: str) -> None:
+        with self._leases.changing(self._url, name):
+            self._end_lease(name)
+
+    def _end_lease(self, name: str) -> None:
+        """Unload the version if that was the last lease on it. Nobody else may be changing it."""
+        if self._leases.release(self._url, name):
+            try:
+                self._unload_adapter(name)
+            except EngineUnavailable:
+                self._leases.abandon(self._url, name)
+                raise
+
+    def _tidy(self) -> None:
+        """Unload what processes that died have left in the server."""
+        try:
+            for name in self._leases.abandoned(self._url):
+                _log.info("unloading version %s, whose users have died", name)
+                self._let_go(name)
+        except ApprenticeError as error:  # the version that was asked for is loaded all the same
+            _log.warning("cannot tidy up the vLLM server: %s", error)
 
     def _models(self) -> list[str]:
         """The names the server answers to, the base model's first."""
@@ -198,10 +256,11 @@ class VllmEngine:
             (row["id"] for row in rows), key=lambda name: any(r["id"] == name and r.get("parent") for r in rows)
         )
 
-    def _load_adapter(self, version: Version) -> None:
+    def _load_adapter(self, version: Version) -> bool:
+        """Whether it was this request that loaded it."""
         body = {"lora_name": version.name, "lora_path": str(version.adapter)}
         try:
-            response = self._client.post("/v1/load_lora_adapter", json=body, timeout=_CALM_S)
+            response = self._client.post("/v1/load_lora_adapter", json=body, timeout=_LOAD_S)
         except httpx.HTTPError as error:
             raise EngineUnavailable(f"vLLM at {self._url} does not answer ({error})") from None
         if response.status_code == 404 and "Not Found" in response.text:
@@ -211,18 +270,27 @@ class VllmEngine:
                 "Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.",
             )
             raise ConfigError("local.url", [problem])
-        if response.status_code != 200 and "already been loaded" not in response.text:
+        if "already been loaded" in response.text:
+            return False
+        if response.status_code in (401, 403):
+            raise refusal("vLLM", response)
+        if response.status_code != 200:
             raise VersionError(
                 f"vLLM refuses version {version.name} at {version.adapter} ({response.text[:300]}); "
                 "does it see that folder, and is its --max-lora-rank large enough?"
             )
+        return True
 
-    def _unload_adapter(self, version: Version) -> None:
-        if version.adapter is not None:
-            try:
-                self._client.post("/v1/unload_lora_adapter", json={"lora_name": version.name}, timeout=30.0)
-            except httpx.HTTPError:
-                return  # the server is gone, and with it the adapter
+    def _unload_adapter(self, name: str) -> None:
+        """Raises `EngineUnavailable` if it is not known whether the adapter is still there."""
+        try:
+            response = self._client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=30.0)
+        except httpx.ConnectError:
+            return  # the server is gone, and with it the adapter
+        except httpx.HTTPError as error:
+            raise EngineUnavailable(f"vLLM at {self._url} does not say whether it unloaded {name} ({error})") from None
+        if response.status_code not in (200, 404):
+            raise EngineUnavailable(f"vLLM does not unload {name} ({response.status_code} {response.text[:200]})")
 
     def _own_frame(self) -> Frame:
         from apprentice.local.base_model import load_tokenizer

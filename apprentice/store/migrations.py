@@ -267,6 +267,18 @@ def create_version_states(op: Operations) -> None:
     )
 
 
+def create_version_holds(op: Operations) -> None:
+    """Which processes use which version on a shared server."""
+    keys = [Column(name, Text, primary_key=True) for name in ("server", "version", "owner")]
+    op.create_table(
+        "version_holds",
+        *keys,
+        Column("loaded", Integer, nullable=False),
+        *_floats("expires_at"),
+        sqlite_with_rowid=False,
+    )
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -278,6 +290,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     stop_input_digest,
     create_totals,
     create_version_states,
+    create_version_holds,
 )
 LATEST = len(_STEPS)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
-from apprentice.store import comparisons, counts, events, examples, ledger, runs, states, totals, versions
+from apprentice.store import comparisons, counts, events, examples, holds, ledger, runs, states, totals, versions
 from apprentice.store.database import Database, Transaction, open_database
 from apprentice.store.migrations import migrate
 from apprentice.store.records import (
@@ -301,6 +301,26 @@ class Store:
         """Give a lease back; nothing happens when it was lost already."""
         with self._write() as tx:
             runs.release(tx, lease)
+
+    # versions on shared servers
+
+    def hold_version(self, server: str, version: str, owner: str, ttl_s: float, *, loaded: bool) -> None:
+        """Say that ``owner`` uses a version on a server for ``ttl_s`` more seconds; ``loaded``: it brought it there."""
+        with self._write() as tx:
+            holds.hold(tx, server, version, owner, self._clock() + ttl_s, loaded=loaded)
+
+    def release_version(self, server: str, version: str, owner: str) -> bool:
+        """End a hold. True if the owner is to unload the version: Apprentice loaded it, and nobody else holds it.
+
+        Whoever is left inherits that duty, also from owners that died.
+        """
+        with self._write() as tx:
+            return holds.release(tx, server, version, owner, self._clock())
+
+    def abandoned_versions(self, server: str) -> list[str]:
+        """What was loaded into a server by owners that have all died."""
+        with self._database.read() as tx:
+            return holds.abandoned(tx, server, self._clock())
 
     # events
 

@@ -21,6 +21,7 @@ __all__ = [
     "metadata",
     "runs",
     "tasks",
+    "version_holds",
     "version_states",
     "versions",
 ]
@@ -172,6 +173,17 @@ leases = Table(
     Column("owner", Text, nullable=False),
     Column("token", BigInteger, nullable=False),
     Column("expires_at", Float, nullable=False),
+)
+
+version_holds = Table(
+    "version_holds",
+    metadata,
+    Column("server", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("owner", Text, primary_key=True),
+    Column("loaded", Integer, nullable=False),  # 1: Apprentice loaded it there, so the last holder unloads it
+    Column("expires_at", Float, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 events = Table(

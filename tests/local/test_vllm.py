@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.vllm import VllmEngine
 from apprentice.schema import parse_schema
+from apprentice.testing.vllm import FakeVllm
 from tests.local.written import write_adapter, write_base
 
 EMOTION = parse_schema({"emotion": "joy | fear | anger"})
-
-
-class Server:
-    """Tokens are characters. Prefers what it is told to, in the order it is told; writes what it is told."""
-
-    def __init__(self) -> None:
-        self.adapters: dict[str, str] = {}
-        self.preferred = "jfa"
-        self.text = ""
-        self.runtime_lora = True
-        self.down = False
-        self.prompts: list[str] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        if self.down:
-            raise httpx.ConnectError("refused", request=request)
-        path = request.url.path
-        if path == "/health":
-            return httpx.Response(200)
-        if path == "/v1/models":
-            rows = [{"id": "base", "parent": None}] + [{"id": name, "parent": "base"} for name in self.adapters]
-            return httpx.Response(200, json={"data": rows})
-        body = json.loads(request.content)
-        if path == "/tokenize":
-            return httpx.Response(200, json={"tokens": [ord(c) for c in body["prompt"]]})
-        if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter") and not self.runtime_lora:
-            return httpx.Response(404, json={"detail": "Not Found"})
-        if path == "/v1/load_lora_adapter":
-            self.adapters[body["lora_name"]] = body["lora_path"]
-            return httpx.Response(200, text="Success")
-        if path == "/v1/unload_lora_adapter":
-            del self.adapters[body["lora_name"]]
-            return httpx.Response(200, text="Success")
-        assert path == "/v1/completions"
-        return self._complete(body)
-
-    def _complete(self, body: dict[str, Any]) -> httpx.Response:
-        if body["model"] not in {"base", *self.adapters}:
-            return httpx.Response(404, json={"error": "no such model"})
-        assert body["temperature"] == 0.0
-        self.prompts.append("".join(chr(token) for token in body["prompt"]))
-        if "allowed_token_ids" in body:
-            ranked = sorted(self.preferred, key=self.preferred.index)
-            token = next(ord(c) for c in ranked if ord(c) in body["allowed_token_ids"])
-            top = {f"token_id:{ord(c)}": math.log(0.6) - i for i, c in enumerate(ranked)}
-            logprobs = {"tokens": [f"token_id:{token}"], "token_logprobs": [0.0], "top_logprobs": [top]}
-            choice = {"text": chr(token), "finish_reason": "length", "logprobs": logprobs}
-        else:
-            assert "root ::=" in body["structured_outputs"]["grammar"]
-            names = [f"token_id:{ord(c)}" for c in self.text] + ["token_id:0"]
-            logprobs = {"tokens": names, "token_logprobs": [math.log(0.9)] * len(names)}
-            choice = {"text": self.text, "finish_reason": "stop", "logprobs": logprobs}
-        return httpx.Response(200, json={"choices": [choice]})
 
 
 @pytest.fixture
@@ -81,21 +26,21 @@ def version(tmp_path: Path) -> Version:
 
 
 @pytest.fixture
-def server() -> Server:
-    return Server()
+def server() -> FakeVllm:
+    return FakeVllm()
 
 
 @pytest.fixture
-def engine(server: Server, tmp_path: Path) -> Iterator[VllmEngine]:
+def engine(server: FakeVllm, tmp_path: Path) -> Iterator[VllmEngine]:
     engine = VllmEngine(
-        str(write_base(tmp_path / "base")), Path(), url="http://gpu:8000/v1", transport=httpx.MockTransport(server)
+        str(write_base(tmp_path / "base")), Path(), url="http://gpu:8000/v1", transport=server.transport()
     )
     yield engine
     engine.close()
 
 
 def test_an_adapter_is_loaded_asked_and_unloaded_by_its_name(
-    engine: VllmEngine, server: Server, version: Version
+    engine: VllmEngine, server: FakeVllm, version: Version
 ) -> None:
     """The request is the frame's text and the opening; the enum is decided by its first tokens alone."""
     engine.load(version)
@@ -109,7 +54,7 @@ def test_an_adapter_is_loaded_asked_and_unloaded_by_its_name(
 
 
 def test_a_value_that_is_not_among_the_likeliest_counts_as_their_least(
-    engine: VllmEngine, server: Server, version: Version
+    engine: VllmEngine, server: FakeVllm, version: Version
 ) -> None:
     """The server lists twenty tokens; what it does not list is rarer than all of them."""
     engine.load(version)
@@ -119,7 +64,7 @@ def test_a_value_that_is_not_among_the_likeliest_counts_as_their_least(
     assert answer.confidence == pytest.approx(1 / (1 + 2 * math.exp(-1)))
 
 
-def test_free_text_is_written_under_the_grammar(engine: VllmEngine, server: Server, version: Version) -> None:
+def test_free_text_is_written_under_the_grammar(engine: VllmEngine, server: FakeVllm, version: Version) -> None:
     """Its probability is that of its tokens, the end of the turn left out."""
     noted = replace(version, output_schema=parse_schema({"note": "str"}))
     engine.load(noted)
@@ -133,7 +78,7 @@ def test_free_text_is_written_under_the_grammar(engine: VllmEngine, server: Serv
 
 
 def test_a_server_that_was_restarted_is_given_its_adapters_again(
-    engine: VllmEngine, server: Server, version: Version
+    engine: VllmEngine, server: FakeVllm, version: Version
 ) -> None:
     """Loading asks the server, not a memory of it."""
     engine.load(version)
@@ -143,7 +88,7 @@ def test_a_server_that_was_restarted_is_given_its_adapters_again(
 
 
 def test_a_server_without_run_time_adapters_is_a_config_error(
-    engine: VllmEngine, server: Server, version: Version
+    engine: VllmEngine, server: FakeVllm, version: Version
 ) -> None:
     """The remedy is in the message."""
     server.runtime_lora = False
@@ -152,7 +97,7 @@ def test_a_server_without_run_time_adapters_is_a_config_error(
 
 
 def test_down_is_unavailable_and_a_damaged_adapter_never_reaches_the_server(
-    engine: VllmEngine, server: Server, tmp_path: Path, version: Version
+    engine: VllmEngine, server: FakeVllm, tmp_path: Path, version: Version
 ) -> None:
     """Two different errors, for the breaker and for the version."""
     assert version.adapter is not None

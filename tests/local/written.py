@@ -33,10 +33,10 @@ def write_base(folder: Path, hidden: int = 64) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, task: str, schema: Schema, *, hidden: int = 64) -> Version:
-    """A LoRA of such a base, as PEFT writes it."""
+def write_adapter(folder: Path, task: str, schema: Schema, *, hidden: int = 64, alpha: int = 2 * RANK) -> Version:
+    """A LoRA of such a base, as PEFT writes it; another ``alpha`` makes it another version."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": "a base"}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": alpha, "base_model_name_or_path": "a base"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     matrices: dict[str, tuple[int, int]] = {}
     for name, (rows, columns) in shapes(hidden).items():

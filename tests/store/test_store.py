@@ -584,3 +584,25 @@ def test_a_dropped_connection_is_replaced(new_postgres: Any) -> None:
             tx.run_text(f"SELECT pg_terminate_backend({pid})")
         other.close()
         assert list(store.policies()) == ["a"]
+
+
+def test_the_last_who_holds_a_version_is_to_unload_it(store: Store, clock: Any) -> None:
+    """Whoever loaded it: the duty passes on to those who are left, also from those who died."""
+    store.hold_version("s", "v", "a", 60, loaded=True)
+    store.hold_version("s", "v", "a", 60, loaded=False)  # a renewal forgets nothing
+    store.hold_version("s", "v", "b", 60, loaded=False)
+    store.hold_version("s", "v", "c", 60, loaded=False)
+    store.hold_version("elsewhere", "v", "d", 1000, loaded=True)
+    assert not store.release_version("s", "v", "a")
+    assert not store.release_version("s", "v", "a"), "once"
+    clock.now += 61
+    assert store.abandoned_versions("s") == ["v"]
+    store.hold_version("s", "v", "b", 60, loaded=False)
+    assert store.abandoned_versions("s") == []
+    assert store.release_version("s", "v", "b")
+    assert store.abandoned_versions("s") == []
+    assert not store.release_version("s", "v", "b")
+    store.hold_version("s", "operator's", "a", 60, loaded=False)
+    clock.now += 61
+    assert store.abandoned_versions("s") == []
+    assert not store.release_version("s", "operator's", "a")
