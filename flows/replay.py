@@ -14,8 +14,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,61 +32,15 @@ from apprentice.config import RemoteSettings, Settings, TrackingSettings, load_s
 from apprentice.errors import ConfigError, Problem, UnknownTask
 from apprentice.local.engine import Engine
 from apprentice.phases import Phase
-from apprentice.schema import Schema, SchemaError
+from apprentice.schema import Schema
 from apprentice.store import Store
 from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor
 from flows.coach import LEASE_S, Busy, CoachResult, coach_task, due_reason
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
+from flows.traffic import Recorded, read_traffic
 
-__all__ = ["Recorded", "demo", "read_traffic", "replay", "run_replay"]
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """One recorded request: its line in the file, the input and the answer that the remote gave."""
-
-    line: int
-    value: dict[str, Any]
-    answer: dict[str, Any]
-
-
-def read_traffic(
-    path: Path, settings: Settings, task_name: str, *, input_key: str, answer_key: str
-) -> Iterator[Recorded | Problem]:
-    """The usable lines of a JSONL file in order, and a `Problem` with its line number for each that is not.
-
-    ``input_key`` and ``answer_key`` are dotted paths into each object, such as ``answers.gpt-4o``: the longest key that
-    exists wins, so that a model's name may hold dots itself.
-    """
-    task = settings.task(task_name)
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                document = json.loads(text)
-            except ValueError as error:
-                yield Problem(str(path), f"does not parse ({error}).", "The line is left out.", number)
-                continue
-            try:
-                value, answer = _pick(document, input_key), _pick(document, answer_key)
-                yield Recorded(number, task.input_schema.check(value), task.output_schema.check(answer))
-            except KeyError as error:
-                yield Problem(str(path), f"has no {error.args[0]!r}.", "The line is left out.", number)
-            except SchemaError as error:
-                yield Problem(str(path), f"does not fit the task: {error}", "The line is left out.", number)
-
-
-def _pick(document: Any, dotted: str) -> Any:
-    if not dotted:
-        return document
-    parts = dotted.split(".")
-    for n in range(len(parts), 0, -1):
-        key = ".".join(parts[:n])
-        if isinstance(document, Mapping) and key in document:
-            return _pick(document[key], ".".join(parts[n:]))
-    raise KeyError(dotted)
+__all__ = ["demo", "replay", "run_replay"]
 
 
 def run_replay(
@@ -366,8 +320,14 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.argument("file", type=_file)
 @click.option("--task", "task_name", required=True, help="The task that the traffic belongs to.")
 @config_option
-@click.option("--input", "input_key", default="input", show_default=True, help="Where each object has the input.")
-@click.option("--answer", "answer_key", default="answer", show_default=True, help="Where it has the recorded answer.")
+@click.option("--input", "input_key", default="input", show_default=True, help="Where each line has the input.")
+@click.option(
+    "--answer",
+    "answer_key",
+    default="answer",
+    show_default=True,
+    help="Where it has the answer: choices.0.message.content",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many requests.")
 @click.option("--seed", default=0, show_default=True, help="Of the spot checks.")
 @click.option(
@@ -389,8 +349,8 @@ def replay(
 ) -> None:
     """Stream recorded traffic through the whole system.
 
-    FILE has a JSON object on each line, with a request's input and the answer that the remote gave. The remote is
-    that answer, at the price of the configured model; everything else is real, training included.
+    FILE has a JSON object on each line, with a request's input and the answer that the remote gave, which may be JSON
+    text. The remote is that answer, at the price of the configured model; everything else is real, training included.
 
     Exits with 1 when lines had to be left out.
     """

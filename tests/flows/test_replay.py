@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from apprentice.store import Store
-from flows.replay import Recorded, run_replay, summarise
+from flows.replay import run_replay, summarise
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
+from flows.traffic import Recorded, read_traffic
 
 pytestmark = [
     pytest.mark.usefixtures("plainly"),
@@ -96,6 +97,21 @@ def test_the_money_of_a_replay_is_the_ledgers(replay: Callable[..., Any]) -> Non
     assert summary["spend"] / summary["spend_without"] == pytest.approx(summary["remote_share"], abs=0.01)
     assert summary["remote_share"] == sum(m.asked_remote for m in moments) / len(moments)
     assert summary["remote_share_tail"] == pytest.approx(len([m for m in moments[466:] if m.asked_remote]) / 234)
+
+
+def test_a_recording_with_half_an_emoji_is_replayed_and_goes_on(make_home: Callable[..., Any]) -> None:
+    """What JavaScript cut in two is found again, by the vendor's double and by a replay that goes on."""
+    home = make_home()
+    lines = [{"input": {"text": f"nice {i} \ud83d"}, "answer": {"mood": "glad"}} for i in range(6)]
+    path = home.settings.root / "traffic.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = list(read_traffic(path, home.settings, "mood", input_key="input", answer_key="answer"))
+    traffic = [row for row in rows if isinstance(row, Recorded)]
+    home.truth.update({row.value["text"]: "glad" for row in traffic})
+    for count in (3, 6):
+        quiet = LiveView(Console(file=StringIO()), count, "letters")
+        moments = run_replay(traffic[:count], home.settings, "mood", seed=1, view=quiet, engine=home.engine)
+        assert [moment.asked_remote for moment in moments] == [True] * count
 
 
 def test_what_everything_would_have_cost_is_what_it_does_cost(make_home: Callable[..., Any], trainer: Any) -> None:
