@@ -41,6 +41,7 @@ from apprentice.store.records import EventRecord
 __all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database", "within"]
 
 _BUSY_TIMEOUT_S = 60.0
+_LOOK_S = 0.25
 _waiting = threading.local()
 
 
@@ -63,13 +64,6 @@ def _patience_s() -> float:
     """How long this thread may wait now."""
     ends: float | None = getattr(_waiting, "ends", None)
     return _BUSY_TIMEOUT_S if ends is None else min(max(ends - time.monotonic(), 0.0), _BUSY_TIMEOUT_S)
-
-
-def _stepped(wait_ms: float) -> int:
-    """A wait rounded down to one of a few lengths."""
-    whole = int(wait_ms)
-    step = 1 << max(whole.bit_length() - 4, 0)
-    return whole - whole % step
 
 
 # PostgreSQL allows 100 connections by default, and many processes share it.
@@ -215,7 +209,7 @@ class SqliteDatabase:
         with self._turn_to_write():
             try:
                 connection = self._writer(durable)
-                connection.execute("BEGIN IMMEDIATE")
+                self._begin_writing(connection)
                 try:
                     yield Transaction(connection, self._compiler, "sqlite")
                     connection.execute("COMMIT")
@@ -229,7 +223,6 @@ class SqliteDatabase:
     @contextmanager
     def _turn_to_write(self) -> Iterator[None]:
         waits_s = _patience_s()
-        # Waiting for no time at all is no waiting, which acquire would refuse to call a time-out.
         if not self._writing.acquire(timeout=waits_s):
             raise StoreError(f"store {self._path}: another thread has been writing for more than {waits_s:.1f} s")
         try:
@@ -266,17 +259,25 @@ class SqliteDatabase:
         else:
             self._readers.append(connection)
 
+    @staticmethod
+    def _begin_writing(connection: sqlite3.Connection) -> None:
+        """Wait for other processes' writing to end: SQLite for `_LOOK_S` at a time, and for as long as may be."""
+        ends = time.monotonic() + _patience_s()
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() >= ends:
+                    raise
+
     def _writer(self, durable: bool) -> sqlite3.Connection:
         """The one connection that writes. Two, one for each level, would empty each other's page caches in turn."""
         if self._write_connection is None:
             self._write_connection = self._connect("NORMAL")
             self._writes_durably = False
-            self._busy_ms = 1000 * int(_BUSY_TIMEOUT_S)
-        # In steps, so that it is rarely set anew: an eighth of itself is near enough to a deadline.
-        busy_ms = _stepped(1000 * _patience_s())
-        if busy_ms != self._busy_ms:
-            self._write_connection.execute(f"PRAGMA busy_timeout={busy_ms}")
-            self._busy_ms = busy_ms
+            self._write_connection.execute(f"PRAGMA busy_timeout={int(1000 * _LOOK_S)}")  # see `_begin_writing`
         if durable is not self._writes_durably:
             self._write_connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             self._writes_durably = durable
@@ -406,7 +407,7 @@ class PostgresDatabase:
     def _connected(self, how: str) -> Any:
         """An idle connection, where there is one that the server has not dropped, else a new one."""
         waits_s = _patience_s()
-        wait_ms = max(_stepped(1000 * waits_s), 1)  # 0 would mean for ever
+        wait_ms = max(int(1000 * waits_s), 1)  # 0 would mean for ever
         # A pooler may give each transaction another session, so settings are the transaction's own.
         how = f"{how}; SET LOCAL lock_timeout = {wait_ms}"
         if waits_s < _BUSY_TIMEOUT_S:
