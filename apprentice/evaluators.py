@@ -88,14 +88,17 @@ def build_evaluator(
 
 
 class ExactMatch:
-    """1 where both answers are equal as JSON values, else 0: key order is free, 1 equals 1.0, "a" is not "A"."""
+    """1 where both answers are equal as JSON values, else 0: key order is free, 1 equals 1.0, "a" is not "A".
+
+    A field that is null and one that is left out are the same: which of the two is written depends on the vendor.
+    """
 
     def __call__(self, local: Answer, remote: Answer) -> Evaluation:
-        return Evaluation(1.0 if _same(local, remote) else 0.0, {})
+        return Evaluation(1.0 if _same(_without_nulls(local), _without_nulls(remote)) else 0.0, {})
 
     def project(self, answer: Answer) -> Answer:
         """The answer, or its hash where it is long."""
-        text = _canonical(answer)
+        text = _canonical(_without_nulls(answer))
         return answer if len(text) <= _LONG else {"#": _digest(text)}
 
 
@@ -416,6 +419,15 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the fields that are null, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def _canonical(value: Any) -> str:
