@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from apprentice.local.switch import Switch
 from apprentice.remote import Teacher
 from apprentice.router import Router
 from apprentice.store import Store
-from apprentice.tally import FLUSH_S, Tally
+from apprentice.tally import Tally
 from apprentice.transport import Sender
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ class Assembly:
             last.callback(self.sender.close)
             last.callback(self.alerts.close)
             last.callback(self.engine.close)
-            last.callback(self.budget.put_back)
+            last.callback(self.budget.close)
             last.callback(self.backlog.close)
             last.callback(self.tally.close)
             last.callback(self.judge.close)
@@ -90,12 +88,12 @@ def assemble(
         alerts = Alerts(store, clock, settings.alerts.webhook)
         opened.callback(alerts.close)
         caps = {task.name: task.budget for task in settings.tasks}
-        budget = Budget(store, settings.budget, caps, clock=clock, owner=_owner(), announce=alerts.announce)
-        teacher = Teacher(settings.remote, budget, sender.send, environ=environ, clock=clock, random=draw)
+        budget = Budget(store, settings.budget, caps, clock=clock)
+        teacher = Teacher(settings.remote, sender.send, environ=environ, clock=clock, random=draw)
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
         backlog = Backlog(alerts)
-        tally = Tally(store, budget.day, chore=lambda: budget.put_back(idle_s=FLUSH_S) | backlog.write())
+        tally = Tally(store, budget.day, chore=backlog.write)
         if engine is None:
             engine = build_engine(settings.local, settings.root, leases=store)
             opened.callback(engine.close)
@@ -122,20 +120,13 @@ def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable
     sender = Sender()
     sender.client()
     sender.close()
-    with Store.open("sqlite://") as store:
-        budget = Budget(store, settings.budget, clock=clock)
-        Teacher(settings.remote, budget, sender.send, environ=environ, clock=clock).price_check()
+    Teacher(settings.remote, sender.send, environ=environ, clock=clock).price_check()
 
 
 def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:
     """A judge alone, for those who promote and never route: training flows and the command line."""
     store.ensure_tasks(task.name for task in settings.tasks)
     return Judge(settings, store, Alerts(store, clock, settings.alerts.webhook), clock, draw)
-
-
-def _owner() -> str:
-    """Who holds a reservation, so that those of dead processes can be told."""
-    return f"{socket.gethostname()}/{os.getpid()}"
 
 
 def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:

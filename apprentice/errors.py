@@ -125,22 +125,81 @@ class Unavailable(ApprenticeError):
 
 
 class BudgetExceeded(Unavailable):
-    """A cap is reached and there is no local model to answer instead.
+    """A cap leaves no room for a call, and there is no local model to answer instead.
 
-    ``cap`` names it ("daily", "weekly", "monthly", with "task:" before it for a task's own), ``limit`` is its
-    size and ``resets_at`` the moment from which remote calls are possible again (in the year 9999 for a total cap).
+    ``cap`` names it ("daily", "weekly", "monthly", "total", with "task:" before it for a task's own), ``limit`` is its
+    size and ``resets_at`` the moment from which it is empty again (in the year 9999 for a total cap). ``spent`` and
+    ``held`` say what is in it and ``needs`` what the call may cost at most, all in USD; None where they are not known.
+
+    ``in_flight`` is the number of calls that hold what is missing: above 0, money comes back within seconds, as soon
+    as they end. ``retry_after_s`` is how long to wait before asking again, None where no waiting helps.
     """
 
-    def __init__(self, cap: str, limit: Decimal, resets_at: datetime, *, local: Exception | None = None) -> None:
+    def __init__(
+        self,
+        cap: str,
+        limit: Decimal,
+        resets_at: datetime,
+        *,
+        spent: Decimal | None = None,
+        held: Decimal | None = None,
+        needs: Decimal | None = None,
+        in_flight: int = 0,
+        retry_after_s: float | None = None,
+        local: Exception | None = None,
+    ) -> None:
         self.cap = cap
         self.limit = limit
         self.resets_at = resets_at
-        until = f"until {resets_at.isoformat()}" if resets_at.year < MAXYEAR else "for good"
-        super().__init__(
-            f"the {cap} budget of {limit} is used up {until}; "
-            f"raise budget.{cap.removeprefix('task:')} in apprentice.yaml or wait",
+        self.spent = spent
+        self.held = held
+        self.needs = needs
+        self.in_flight = in_flight
+        self.retry_after_s = retry_after_s
+        super().__init__(self._words(), local=local)
+
+    def beside(self, local: Exception | None) -> BudgetExceeded:
+        """The same, with why the local model did not answer either."""
+        return BudgetExceeded(
+            self.cap,
+            self.limit,
+            self.resets_at,
+            spent=self.spent,
+            held=self.held,
+            needs=self.needs,
+            in_flight=self.in_flight,
+            retry_after_s=self.retry_after_s,
             local=local,
         )
+
+    def _words(self) -> str:
+        setting = f"budget.{self.cap.removeprefix('task:')}"
+        inside = ""
+        if self.spent is not None and self.held is not None:
+            held = f", {_plain(self.held)} held" if self.held else ""
+            needs = f"; this call may cost up to {_plain(self.needs)}" if self.needs is not None else ""
+            inside = f" ({_plain(self.spent)} spent{held}{needs})"
+        if self.in_flight:
+            calls = f"{self.in_flight} call{'s' if self.in_flight != 1 else ''} in flight"
+            return (
+                f"the {self.cap} budget of {self.limit} is held by {calls}{inside}, and none gave enough back in time; "
+                f"try again in a few seconds, or raise {setting} in apprentice.yaml"
+            )
+        until = f"until {self.resets_at.isoformat()}" if self.resets_at.year < MAXYEAR else "for good"
+        state = "is used up"
+        if self.needs is not None and self.needs > self.limit:
+            state, until = "is less than one call may cost", ""
+        elif self.spent is not None and self.spent < self.limit:
+            state = "leaves no room for this call"
+        dead = "; what calls of dead processes hold is listed by `apprentice budget`" if self.held else ""
+        return (
+            f"the {self.cap} budget of {self.limit} {' '.join(filter(None, (state, until)))}{inside}; raise {setting} "
+            f"in apprentice.yaml, which binds every process as soon as one starts with it, or wait{dead}"
+        )
+
+
+def _plain(amount: Decimal) -> str:
+    return f"{amount.normalize():f}"
 
 
 class RemoteError(ApprenticeError):

@@ -20,7 +20,7 @@ from typing import Any
 
 from apprentice.alerts import Alerts
 from apprentice.backlog import Backlog
-from apprentice.budget import Budget
+from apprentice.budget import Account, Budget
 from apprentice.config import Settings, TaskSettings
 from apprentice.decision import Headroom, Plan, Reason, accepts, decide
 from apprentice.errors import (
@@ -283,12 +283,13 @@ class Router:
 
     def _ask_remote(self, request: _Request) -> RemoteAnswer:
         """Ask the remote and commit the example: it is paid for before the caller gets it."""
-        with within(self._settings.remote.deadline_s):
-            answer = self._teacher.ask(request.task, request.value, request.id)
-        self._record(request, answer)
+        with self._budget.account(request.task.name, request.id) as account:
+            with within(self._settings.remote.deadline_s):
+                answer = self._teacher.ask(request.task, request.value, account)
+            self._record(request, answer, account)
         return answer
 
-    def _record(self, request: _Request, answer: RemoteAnswer) -> None:
+    def _record(self, request: _Request, answer: RemoteAnswer, account: Account) -> None:
         """Commit a paid answer; where the store does not take it in time, keep it, to be committed when it does."""
         example = ExampleRecord(
             id=request.id,
@@ -301,7 +302,7 @@ class Router:
         )
 
         def record() -> None:
-            self._budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
+            account.complete(example)
 
         now = time.monotonic()
         ends = min(now + RECORD_S, max(request.ends, now + _LEAST_S))
@@ -313,6 +314,7 @@ class Router:
             except Exception as error:  # noqa: BLE001  # the answer is there and paid for, whatever became of its record
                 now = time.monotonic() + pause_s
                 if now >= ends:
+                    account.keep_open()
                     self._keep(request, answer, record, error)
                     return None
             time.sleep(pause_s)
@@ -381,9 +383,11 @@ class Router:
         if not isinstance(remote.error, ApprenticeError):
             _log.error("asking the remote for task %s failed unforeseen", request.task.name, exc_info=remote.error)
         kind = next(kind for of, kind in _ALERTS if isinstance(remote.error, of))
+        if isinstance(remote.error, BudgetExceeded) and remote.error.in_flight:
+            kind = EventKind.BUDGET_HELD
         self._tell(request, kind, remote.error)
         if local is not None and local.value is not None:
-            outcome = "budget" if kind is EventKind.BUDGET_EXHAUSTED else "degraded"
+            outcome = "budget" if isinstance(remote.error, BudgetExceeded) else "degraded"
             # A spot check that brought no answer stands for as many answers as it was one of.
             unverified = 1.0 / request.plan.probability if request.plan.remote else 1.0
             return self._serve(request, local, local.value, outcome, unverified=unverified)
@@ -568,7 +572,7 @@ class _Beside[T]:
 def _final_error(task: str, remote: Exception, local: Exception | None) -> ApprenticeError:
     """What the caller gets when nobody answered (the table in DESIGN section 4)."""
     if isinstance(remote, BudgetExceeded):
-        return BudgetExceeded(remote.cap, remote.limit, remote.resets_at, local=local)
+        return remote.beside(local)
     if isinstance(remote, RemoteRefused | OutputError):
         return remote
     side = "the store" if isinstance(remote, StoreError) else "the remote"

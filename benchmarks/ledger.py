@@ -44,7 +44,7 @@ def _example(request_id: str) -> ExampleRecord:
 
 
 def _budget(store: Store, owner: str = "") -> Budget:
-    return Budget(store, BudgetSettings(daily=CAP), owner=owner, announce=lambda *_: None)
+    return Budget(store, BudgetSettings(daily=CAP), owner=owner)
 
 
 # ---------------------------------------------------------------- storm
@@ -78,21 +78,18 @@ def _storm_worker(url: str, calls: int, threads: int, pipe: int) -> None:
     def call(n: int) -> None:
         request_id = f"{owner}-{n}"
         try:
-            held = budget.standing("t", "p", "m", WORST, request_id)
-            held = held or budget.reserve("t", "p", "m", WORST, request_id)
+            with budget.account("t", request_id) as account:
+                with account.call("p", "m", WORST, wait_s=30.0) as paid:
+                    paid.sent()
+                    time.sleep(random.random() * 0.01)  # the vendor thinks
+                    paid.settle(PRICE, Usage(10, 1))
+                account.complete(_example(request_id))
         except BudgetExceeded:
             return
-        time.sleep(random.random() * 0.01)  # the vendor thinks
-        budget.complete_remote(
-            settlements=[Settlement(held, "settled", PRICE, Usage(10, 1))],
-            example=_example(request_id),
-            hold_next=True,
-        )
         os.write(pipe, f"{request_id}\n".encode())
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(call, range(calls)))
-    budget.put_back()
     store.close()
 
 
@@ -198,11 +195,12 @@ def _answer_forever(url: str, pipe: int) -> None:
     store = Store.open(url)
     budget = Budget(store, BudgetSettings(daily=Decimal(1000)))
     with httpx.Client(transport=vendor.transport()) as client:
-        teacher = Teacher(RemoteSettings(**vendor.settings()), budget, Sender(client).send, vendor.environ)
+        teacher = Teacher(RemoteSettings(**vendor.settings()), Sender(client).send, vendor.environ)
         for n in range(1000):
             request_id = f"{os.getpid()}-{n}"
-            answer = teacher.ask(task, {"text": "x"}, request_id)
-            budget.complete_remote(settlements=answer.settlements, example=_example(request_id), hold_next=True)
+            with budget.account("t", request_id) as account:
+                teacher.ask(task, {"text": "x"}, account)
+                account.complete(_example(request_id))
             os.write(pipe, f"{request_id}\n".encode())
 
 
@@ -211,7 +209,7 @@ def durability(url: str, *, kills: int) -> DurabilityResult:
     # What is imported late is imported here, once, and not again by every child.
     with Store.open(url) as store:
         vendor = FakeVendor("anthropic")
-        Teacher(RemoteSettings(**vendor.settings()), _budget(store), Sender().send, vendor.environ).price_check()
+        Teacher(RemoteSettings(**vendor.settings()), Sender().send, vendor.environ).price_check()
     told: list[str] = []
     for n in range(kills):
         child = _fork(lambda pipe: _answer_forever(url, pipe))

@@ -160,7 +160,7 @@ def remote_path(base_url: str, folder: Path, calls: int) -> None:
     store = Store.open(config.store_url)
     budget = Budget(store, config.budget, {task.name: task.budget})
     direct = Sender()
-    teacher = Teacher(config.remote, budget, direct.send, {KEY_ENV: "k"}, random=random.Random(1))
+    teacher = Teacher(config.remote, direct.send, {KEY_ENV: "k"}, random=random.Random(1))
     value = {"text": TEXT}
     body = {
         "model": "claude-sonnet-4-5",
@@ -173,9 +173,10 @@ def remote_path(base_url: str, folder: Path, calls: int) -> None:
         client.post(f"{base_url}/v1/messages", json=body).json()
 
     def ask() -> None:
-        answer = teacher.ask(task, value, "r" * 32)
-        example = ExampleRecord("r" * 32, task.name, value, answer.output, answer.provider, answer.model, time.time())
-        budget.complete_remote(settlements=answer.settlements, example=example, hold_next=True)
+        with budget.account(task.name, "r" * 32) as account:
+            answer = teacher.ask(task, value, account)
+            by = answer.provider, answer.model
+            account.complete(ExampleRecord("r" * 32, task.name, value, answer.output, *by, time.time()))
 
     engine = FakeEngine(lambda version, asked: {"category": "billing", "priority": 2})
     environ = {KEY_ENV: "k"}

@@ -72,8 +72,8 @@ class Workshop:
     def budget(self) -> Budget:
         """The caps, which hold for a vendor's training too."""
         caps = {task.name: task.budget for task in self.settings.tasks}
-        announce = self.alerts.announce
-        return Budget(self.store, self.settings.budget, caps, clock=self.clock, owner="coach", announce=announce)
+        _ = self.alerts  # hears of the caps' events from the store
+        return Budget(self.store, self.settings.budget, caps, clock=self.clock)
 
     @cached_property
     def tracking(self) -> Tracking:

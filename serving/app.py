@@ -10,7 +10,6 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from datetime import MAXYEAR, UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -95,9 +94,8 @@ def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:
             status = 422
         case BudgetExceeded():
             status = 429
-            if error.resets_at.year < MAXYEAR:
-                seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
-                headers["retry-after"] = str(max(1, math.ceil(seconds)))
+            if error.retry_after_s is not None:
+                headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         case Unavailable() | ClientClosed():
             status = 503
         case RemoteError() | OutputError():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -13,13 +16,13 @@ from zoneinfo import ZoneInfo
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis import given
+from pydantic import ValidationError
 
 from apprentice.budget import NEVER, Budget, resets_at, windows_at
 from apprentice.config import BudgetSettings, Caps
-from apprentice.errors import BudgetExceeded
-from apprentice.store import Reservation, Settlement, Store, Usage
+from apprentice.errors import BudgetExceeded, StoreError
+from apprentice.store import ExampleRecord, Store, Usage
 
 
 def dollars(text: str | int) -> Decimal:
@@ -125,16 +128,14 @@ def test_without_caps_everything_is_recorded(store: Store) -> None:
 
 
 def test_headroom_notices_and_recovers(store: Store) -> None:
-    """Headroom is false where a call like the last would not fit, and true again on the next day."""
+    """Headroom is false where what is spent leaves no room for a call like the last; held money comes back."""
     clock = Clock(2026, 3, 1)
     budget = Budget(store, BudgetSettings(daily=1), clock=clock)  # type: ignore[arg-type]
     assert budget.headroom("a")
     held = budget.reserve("a", "p", "m", dollars("0.6"), "r")
     clock.now += 1
-    assert not budget.headroom("a")
-    budget.release(held)
-    clock.now += 1
     assert budget.headroom("a")
+    budget.release(held)
     budget.lost(budget.reserve("a", "p", "m", dollars("0.6"), "r"))
     clock.now += 1
     assert not budget.headroom("a")
@@ -143,15 +144,12 @@ def test_headroom_notices_and_recovers(store: Store) -> None:
     assert not Budget(store, BudgetSettings(daily=0), clock=clock).headroom("a")  # type: ignore[arg-type]
 
 
-def test_warnings_come_once_among_processes(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_come_once_among_processes(store: Store) -> None:
     """50, 80 and 95 % and the end are told once, whoever of two processes crosses them, with the right level."""
     told: list[tuple[str, str]] = []
-
-    def announce(kind: str, task: str | None, evidence: dict[str, Any], level: str) -> None:
-        told.append((level, evidence.get("share", kind)))
-
+    store.listen(lambda event: told.append((event.level, event.evidence.get("share", event.kind))))
     clock = Clock(2026, 3, 1)
-    pair = [Budget(store, BudgetSettings(daily=1), clock=clock, announce=announce) for _ in range(2)]  # type: ignore[arg-type]
+    pair = [Budget(store, BudgetSettings(daily=1), clock=clock) for _ in range(2)]  # type: ignore[arg-type]
     for n in range(20):
         spend(pair[n % 2], "0.05")
     for budget in pair:
@@ -159,83 +157,352 @@ def test_warnings_come_once_among_processes(store: Store, caplog: pytest.LogCapt
             spend(budget, "0.05")
     assert told == [("info", "50%"), ("warning", "80%"), ("critical", "95%"), ("critical", "budget_exhausted")]
     assert [e.kind for e in store.events()] == ["budget_warning"] * 3 + ["budget_exhausted"]
-    with caplog.at_level(logging.INFO, "apprentice.budget"):
-        spend(Budget(store, BudgetSettings(weekly=1), clock=Clock(2026, 5, 1)), "0.9")  # type: ignore[arg-type]
-    assert "budget_warning" in caplog.text
 
 
-def call(budget: Budget, worst: str, cost: str) -> Reservation:
-    """One answered call, which holds for the next; returns its reservation."""
-    amount = dollars(worst)
-    held = budget.standing("a", "p", "m", amount, "r") or budget.reserve("a", "p", "m", amount, "r")
-    budget.complete_remote(settlements=[Settlement(held, "settled", dollars(cost), Usage(1, 1))], hold_next=True)
-    return held
-
-
-def test_a_call_holds_for_the_next() -> None:
-    """The second call needs no transaction of its own before it is sent, and its id is in the ledger afterwards."""
-    clock = Clock(2026, 3, 1)
-    store = Store.open("sqlite://", clock=clock)
-    budget = Budget(store, BudgetSettings(daily=10), clock=clock)  # type: ignore[arg-type]
-    first = call(budget, "0.50", "0.10")
-    (ahead,) = budget.held_ahead()
+def test_an_account_records_what_its_call_cost_with_what_it_brought(store: Store) -> None:
+    """Reserved while it is under way; afterwards cost and example stand there together."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    with budget.account("a", "r1") as account:
+        with account.call("p", "m", dollars("0.5")) as paid:
+            assert budget.remaining()[0].reserved == dollars("0.5")
+            paid.sent()
+            paid.settle(dollars("0.1"), Usage(10, 2))
+        assert (account.cost, account.usage) == (dollars("0.1"), Usage(10, 2))
+        account.complete(example("r1"))
+        assert [e.id for e in store.examples("a")] == ["r1"]
+        assert account.cost == dollars("0.1")
     (cap,) = budget.remaining()
-    assert (ahead.request_id, cap.spent, cap.reserved) == ("", dollars("0.10"), dollars("0.50"))
-    assert budget.standing("a", "p", "m", dollars("0.51"), "r") is None  # too large for it
-    assert budget.standing("a", "p", "another", dollars("0.50"), "r") is None
-    second = call(budget, "0.40", "0.10")
-    assert (second.id, second.request_id) == (ahead.id, "r") != (first.id, "r")
-    (third,) = budget.held_ahead()
-    assert third.worst_case > dollars("0.40")  # the 0.51 asked for before is remembered
-    assert budget.put_back(idle_s=1.0) is True
-    clock.now += 1
-    assert (budget.put_back(idle_s=1.0), budget.held_ahead()) == (False, [])
-    assert [(row.state, row.calls) for row in store.spend()] == [("settled", 2)]  # what never was leaves no row
+    assert (cap.spent, cap.reserved) == (dollars("0.1"), 0)
+
+
+def example(request_id: str) -> ExampleRecord:
+    return ExampleRecord(request_id, "a", {"text": "x"}, {"label": "y"}, "p", "m", 0.0)
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt and a cancellation are."""
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Interrupted])
+@pytest.mark.parametrize(
+    ("said", "state"), [((), "released"), (("sent",), "lost"), (("sent", "free"), "released"), (("free",), "released")]
+)
+def test_an_account_is_closed_on_every_way_out(
+    store: Store, error: type[BaseException], said: tuple[str, ...], state: str
+) -> None:
+    """A call that was never sent is free, one of unknown end costs its worst case, whatever is raised."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    with (  # noqa: PT012  # how the block is left is what is tested
+        pytest.raises(error),
+        budget.account("a", "r") as account,
+        account.call("p", "m", dollars("0.5")) as paid,
+    ):
+        for word in said:
+            getattr(paid, word)()
+        raise error
     (cap,) = budget.remaining()
-    assert (cap.spent, cap.reserved) == (dollars("0.20"), Decimal(0))
-    # Ending it again changes nothing, also where the row's number has another call by now.
-    clock.now += 1
-    other = budget.reserve("a", "p", "m", dollars("0.50"), "r")
-    budget.release(third)
-    assert budget.remaining()[0].reserved == dollars("0.50")
-    budget.release(other)
-    assert budget.remaining()[0].reserved == Decimal(0)
+    assert (cap.spent, cap.reserved) == (dollars("0.5") if state == "lost" else 0, 0)
+    assert [(row.state, row.calls) for row in store.spend()] == [(state, 1)]
 
 
-def test_nothing_is_held_ahead_of_a_cap_that_is_nearly_full(store: Store) -> None:
-    """The last tenth of a cap is for calls that somebody has to make."""
-    budget = Budget(store, BudgetSettings(daily=1), clock=Clock(2026, 3, 1))  # type: ignore[arg-type]
-    call(budget, "0.30", "0.30")
-    assert [held.worst_case for held in budget.held_ahead()] == [dollars("0.30")]
-    call(budget, "0.30", "0.30")
-    call(budget, "0.30", "0.25")  # what is held for it was taken at 60 %; beyond 85 % nothing more
-    assert budget.held_ahead() == []
-    call(budget, "0.15", "0.15")
-    assert budget.remaining()[0].remaining == Decimal(0)
+def test_an_interruption_while_reserving_holds_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal between the commit and its being heard of: what an earlier call of the request cost stays."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    real = store.reserve
+
+    def interrupted(**held: Any) -> Any:
+        real(**held)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), budget.account("a", "r") as account:  # noqa: PT012  # as above
+        with account.call("p", "m", dollars("0.2")) as paid:
+            paid.sent()
+        monkeypatch.setattr(store, "reserve", interrupted)
+        with account.call("p", "m", dollars("0.3")):
+            raise AssertionError("not reached")
+    (cap,) = budget.remaining()
+    assert (cap.spent, cap.reserved) == (dollars("0.2"), 0)
 
 
-def test_what_is_held_does_not_outlive_its_day(store: Store) -> None:
-    """A call after midnight must fit in the new day's windows: yesterday's reservation does not cover it."""
-    clock = Clock(2026, 3, 1, 23)
-    budget = Budget(store, BudgetSettings(daily=1), clock=clock)  # type: ignore[arg-type]
-    call(budget, "0.30", "0.30")
-    clock.now += 7200
-    assert budget.standing("a", "p", "m", dollars("0.30"), "r") is None
-    call(budget, "0.30", "0.30")
-    assert budget.remaining()[0].spent == dollars("0.30")
-    assert budget.put_back() is False
+def test_an_end_that_the_store_cannot_take_is_recorded_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is away when a call ends: nothing is raised over the answer; the next call, or `close`, records it."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+
+    def away(*_: Any) -> Any:
+        raise StoreError("away")
+
+    for again in (lambda: spend(budget, "0"), budget.close):
+        before = budget.remaining()[0].spent
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "end_calls", away)
+            with budget.account("a", "r") as account, account.call("p", "m", dollars("0.2")) as paid:
+                paid.sent()
+                paid.settle(dollars("0.1"), Usage(1, 1))
+            budget.close()  # it says what it could not record, and keeps it
+        assert budget.remaining()[0].reserved == dollars("0.2")
+        again()
+        (cap,) = budget.remaining()
+        assert (cap.spent, cap.reserved) == (before + dollars("0.1"), 0)
 
 
-def test_a_forked_child_does_not_take_what_its_parent_holds(tmp_path: Path) -> None:
-    """One reservation must not guard two calls."""
+def test_completing_twice_records_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks right after the commit: doing it again adds no second example and no second cent."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    real = store.complete_remote
+
+    def breaks(**everything: Any) -> Any:
+        monkeypatch.setattr(store, "complete_remote", real)
+        real(**everything)
+        raise StoreError("the connection broke")
+
+    with budget.account("a", "r1") as account:
+        with account.call("p", "m", dollars("0.5")) as paid:
+            paid.settle(dollars("0.1"), Usage(10, 2))
+        monkeypatch.setattr(store, "complete_remote", breaks)
+        with pytest.raises(StoreError):
+            account.complete(example("r1"))
+        account.complete(example("r1"))
+    assert [e.id for e in store.examples("a")] == ["r1"]
+    assert budget.remaining()[0].spent == dollars("0.1")
+
+
+def test_a_forked_child_ends_no_call_of_its_parent(tmp_path: Path) -> None:
+    """The child leaves the with-block by an exception; the parent's call goes on and is settled."""
     with Store.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
         budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
-        call(budget, "0.30", "0.30")
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if budget.standing("a", "p", "m", dollars("0.30"), "r") is None else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert budget.standing("a", "p", "m", dollars("0.30"), "r") is not None
+        child = -1
+        try:
+            with budget.account("a", "r") as account, account.call("p", "m", dollars("0.3")) as paid:
+                paid.sent()
+                child = os.fork()
+                if child == 0:
+                    raise Interrupted
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                assert [call.owner for call in store.open_calls()] == [budget.owner]
+                paid.settle(dollars("0.1"), Usage(1, 1))
+        except Interrupted:
+            os._exit(0)
+        assert [(row.state, row.cost) for row in store.spend()] == [("settled", dollars("0.1"))]
+
+
+def test_a_process_that_ends_without_closing_holds_nothing(tmp_path: Path) -> None:
+    """Five processes make a call each and just end: what they cost is what is committed."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    code = (
+        "import sys; from decimal import Decimal as D; from apprentice.budget import Budget;"
+        "from apprentice.config import BudgetSettings; from apprentice.store import Store, Usage\n"
+        "budget = Budget(Store.open(sys.argv[1]), BudgetSettings(total=D(1)))\n"
+        "with budget.account('a', 'r') as account, account.call('p', 'm', D('0.1')) as call:\n"
+        "    call.settle(D('0.01'), Usage(1, 1))\n"
+    )
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code, url], check=True)
+    with Store.open(url) as store:
+        (cap,) = Budget(store, BudgetSettings(total=1)).remaining()  # type: ignore[arg-type]
+        assert (cap.spent, cap.reserved) == (dollars("0.05"), 0)
+
+
+# ---------------------------------------------------------------- a cap that is only held
+
+
+def test_a_burst_waits_while_a_cap_is_only_held(tmp_path: Path) -> None:
+    """60 calls at once, of which three fit at their worst case, all get their turn: they truly cost a hundredth."""
+    with Store.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        pair = [Budget(store, BudgetSettings(daily=dollars("0.3"))) for _ in range(2)]
+        at_once: list[int] = []
+
+        def one(n: int) -> None:
+            with (
+                pair[n % 2].account("a", f"r{n}") as account,
+                account.call("p", "m", dollars("0.1"), wait_s=60) as paid,
+            ):
+                paid.sent()
+                at_once.append(len(store.open_calls()))
+                paid.settle(dollars("0.001"), Usage(1, 1))
+
+        with ThreadPoolExecutor(20) as pool:
+            list(pool.map(one, range(60)))
+        assert max(at_once) <= 3
+        assert pair[0].remaining()[0].spent == dollars("0.06")
+        assert store.events() == []  # nobody was told that anything is exhausted
+
+
+def test_a_call_that_does_not_get_its_turn_says_so(store: Store) -> None:
+    """Held is not used up: the error counts the calls in flight and asks to come back in seconds; no alert."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    spend(budget, "0.1")
+    with budget.account("a", "r1") as first, first.call("p", "m", dollars("0.8")):
+        for wait_s in (0.0, 0.05):
+            with pytest.raises(BudgetExceeded, match="held by 1 call in flight") as caught:
+                budget.reserve("a", "p", "m", dollars("0.2"), "r2", wait_s=wait_s)
+            assert (caught.value.in_flight, caught.value.spent, caught.value.held) == (
+                1,
+                dollars("0.1"),
+                dollars("0.8"),
+            )
+            assert caught.value.retry_after_s is not None
+            assert caught.value.retry_after_s <= 10
+        assert budget.headroom("a")
+    assert [e.kind for e in store.events()] == []
+    budget.release(budget.reserve("a", "p", "m", dollars("0.2"), "r2"))
+
+
+def test_a_request_does_not_wait_for_itself(store: Store) -> None:
+    """What its own first attempt may have cost is recorded before the second one looks for room."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    with pytest.raises(BudgetExceeded) as caught, budget.account("a", "r") as account:  # noqa: PT012  # as above
+        with account.call("p", "m", dollars("0.6")) as paid:
+            paid.sent()
+        with account.call("p", "m", dollars("0.6"), wait_s=3600):
+            raise AssertionError("not reached")
+    assert caught.value.in_flight == 0
+
+
+def test_used_up_says_what_is_left_and_what_a_call_needs() -> None:
+    """A cap below one call's worst case, one that is spent, and one that nearly is: three different sentences."""
+    clock = Clock(2026, 3, 1)
+    with Store.open("sqlite://", clock=clock) as store:
+        budget = Budget(store, BudgetSettings(daily=dollars("0.01")), clock=clock)
+        with pytest.raises(BudgetExceeded, match=r"less than one call may cost \(0 spent; .* up to 0.0198\)") as caught:
+            spend(budget, "0.0198")
+        assert caught.value.retry_after_s is None
+        spend(budget, "0.009")
+        with pytest.raises(
+            BudgetExceeded, match=r"leaves no room for this call until 2026-03-02.*0.009 spent"
+        ) as caught:
+            spend(budget, "0.002")
+        assert caught.value.retry_after_s == 86400
+        spend(budget, "0.001")
+        with pytest.raises(BudgetExceeded, match="is used up until 2026-03-02"):
+            spend(budget, "0.001")
+
+
+def test_what_the_dead_hold_is_not_waited_for(store: Store) -> None:
+    """It does not come back by itself: a call that needs it is refused at once, and the error names the command."""
+    dead = subprocess.run(
+        [sys.executable, "-c", "from apprentice.owner import this_process; print(this_process())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    Budget(store, BudgetSettings(daily=1), owner=dead).reserve("a", "p", "m", dollars("0.9"), "r")  # type: ignore[arg-type]
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    with pytest.raises(BudgetExceeded, match="apprentice budget"):
+        budget.reserve("a", "p", "m", dollars("0.2"), "r", wait_s=3600)
+    budget.release(budget.reserve("a", "p", "m", dollars("0.1"), "r", wait_s=3600))
+
+
+def test_a_person_releases_what_the_dead_hold(store: Store) -> None:
+    """With a reason on record; and should the dead turn out to live, what its call cost counts all the same."""
+    budget = Budget(store, BudgetSettings(daily=1), owner="gone")  # type: ignore[arg-type]
+    held = budget.reserve("a", "p", "m", dollars("0.9"), "r")
+    (listed,) = budget.open_calls()
+    assert (listed.id, listed.owner, listed.worst_case, listed.task) == (held.id, "gone", dollars("0.9"), "a")
+    event = budget.release_by_hand(held.id, "the machine burnt down")
+    assert (event.kind, event.evidence["reason"]) == ("reservation_released", "the machine burnt down")
+    assert [e.kind for e in store.events()] == ["reservation_released"]
+    assert (budget.remaining()[0].spent, budget.remaining()[0].reserved) == (0, 0)
+    with pytest.raises(StoreError, match=f"no reservation {held.id} is open"):
+        budget.release_by_hand(held.id, "again")
+    budget.settle(held, dollars("0.2"), Usage(5, 5))
+    budget.settle(held, dollars("0.2"), Usage(5, 5))
+    assert (budget.remaining()[0].spent, budget.remaining()[0].reserved) == (dollars("0.2"), 0)
+
+
+def test_what_was_held_ahead_by_an_older_apprentice_comes_back() -> None:
+    """Reservations without a request's id were never sent: they end with their owner, or when they are old."""
+    clock = Clock(2026, 3, 1)
+    caps = BudgetSettings(daily=1, weekly=5)  # type: ignore[arg-type]
+    with Store.open("sqlite://", clock=clock) as store:
+        old = Budget(store, caps, clock=clock, owner=f"{socket.gethostname()}/{os.getpid()}")
+        ahead = [old.reserve("a", "p", "m", dollars("0.1"), "") for _ in range(2)]
+        sent = old.reserve("a", "p", "m", dollars("0.2"), "r")
+        with store._database.write() as tx:
+            tx.run_text("UPDATE calls SET windows = ''")  # as an older Apprentice writes them
+        Budget(store, caps, clock=clock)
+        assert len(store.open_calls()) == 3  # their owner lives, and may be about to use them
+        clock.now += 4000
+        budget = Budget(store, caps, clock=clock)
+        assert [call.id for call in store.open_calls()] == [sent.id]
+        old.release(ahead[0])  # it had been asleep
+        assert {cap.reserved for cap in budget.remaining()} == {dollars("0.2")}
+
+
+# ---------------------------------------------------------------- caps and bills
+
+
+def test_a_lower_cap_binds_processes_that_started_earlier(store: Store) -> None:
+    """And a cap that is new, and one that is taken away; the configuration that started last is in force."""
+    clock = Clock(2026, 3, 1)
+    monotonic = [0.0]
+    old = Budget(store, BudgetSettings(daily=100), clock=clock, monotonic=lambda: monotonic[0])  # type: ignore[arg-type]
+    spend(old, "0.02")
+    clock.now += 1
+    Budget(store, BudgetSettings(daily=dollars("0.03")), clock=clock)
+    with pytest.raises(BudgetExceeded, match=r"daily budget of 0\.03"):
+        spend(old, "0.02")
+    spend(old, "0.01")
+    clock.now += 1
+    Budget(store, BudgetSettings(weekly=dollars("0.02")), {"a": Caps(total=dollars("0.01"))}, clock=clock)
+    monotonic[0] += 1
+    assert [(w.scope, w.period, w.cap) for w in old.windows("a")] == [
+        ("", "weekly", dollars("0.02")),
+        ("a", "total", dollars("0.01")),
+    ]
+    with pytest.raises(BudgetExceeded, match="task:total"):
+        spend(old, "0.02")
+    clock.now -= 2  # a configuration that started before the others
+    Budget(store, BudgetSettings(daily=100), clock=clock)  # type: ignore[arg-type]
+    monotonic[0] += 1
+    assert {w.period for w in old.windows("a")} == {"weekly", "total"}
+
+
+def test_a_bill_above_its_reservation_is_counted_told_and_learnt(store: Store) -> None:
+    """1,000 times what was held: all of it is spent, a critical event says so, and nothing more is asked."""
+    told: list[tuple[str, str]] = []
+    store.listen(lambda event: told.append((event.kind, event.level)))
+    budget = Budget(store, BudgetSettings(daily=1), clock=Clock(2026, 3, 1))  # type: ignore[arg-type]
+    budget.settle(budget.reserve("a", "p", "m", dollars("0.02"), "r"), dollars("15"), Usage(100, 1_000_000))
+    (cap,) = budget.remaining()
+    assert (cap.spent, cap.reserved, cap.remaining) == (15, 0, 0)
+    assert ("billed_above_reservation", "critical") in told
+    assert store.events()[-1].evidence["billed"] == "15"
+    with pytest.raises(BudgetExceeded):
+        budget.reserve("a", "p", "m", dollars("0.02"), "r")
+
+
+def test_the_next_worst_case_learns_from_a_bill_above_it(store: Store) -> None:
+    """Three times as much is held for the model's next call; bills that fit let it fall again; others are untouched."""
+    budget = Budget(store, BudgetSettings(daily=100), clock=Clock(2026, 3, 1))  # type: ignore[arg-type]
+    budget.settle(budget.reserve("a", "p", "m", dollars("0.02"), "r"), dollars("0.06"), Usage(1, 1))
+    held = budget.reserve("a", "p", "m", dollars("0.02"), "r")
+    assert held.worst_case == dollars("0.06")
+    assert budget.reserve("a", "p", "another", dollars("0.02"), "r").worst_case == dollars("0.02")
+    for _ in range(12):
+        budget.settle(held, dollars("0.01"), Usage(1, 1))
+        held = budget.reserve("a", "p", "m", dollars("0.02"), "r")
+    assert held.worst_case == dollars("0.02")
+
+
+@pytest.mark.parametrize("cost", ["-0.01", "NaN", "Infinity"])
+def test_no_settlement_lifts_a_cap(store: Store, cost: str) -> None:
+    """A price that is negative or no number is a mistake of ours, and is not written down."""
+    budget = Budget(store, BudgetSettings(daily=1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot cost"):
+        budget.settle(budget.reserve("a", "p", "m", dollars("0.02"), "r"), dollars(cost), Usage(1, 1))
+
+
+def test_a_cap_that_the_ledger_cannot_count_is_refused() -> None:
+    """Nano-dollars in 64 bits end at nine billion dollars."""
+    with pytest.raises(ValidationError, match="less than or equal to 1000000000"):
+        BudgetSettings(daily=dollars("1e10"))
+    with Store.open("sqlite://") as store:
+        budget = Budget(store, BudgetSettings(daily=dollars("1e9")))
+        with pytest.raises(BudgetExceeded):
+            budget.reserve("a", "p", "m", dollars("1e12"), "r")
+        Budget(store, BudgetSettings()).lost(
+            Budget(store, BudgetSettings()).reserve("a", "p", "m", dollars("1e30"), "r")
+        )
 
 
 def test_a_lost_window_is_made_again(store: Store) -> None:
@@ -246,152 +513,3 @@ def test_a_lost_window_is_made_again(store: Store) -> None:
         tx.run_text("DELETE FROM cap_windows")
     spend(budget, "0.5")
     assert budget.remaining()[0].spent == dollars("0.5")
-
-
-ZONE = "America/New_York"  # clocks change on 8 March and 1 November 2026
-CAPS = {"daily": dollars("1.00"), "weekly": dollars("2.50"), "monthly": dollars("4.00"), "total": dollars("9.00")}
-TASK_CAPS = {"a": Caps(daily=dollars("0.60"), monthly=dollars("2.00"))}
-
-
-class Ledger(RuleBasedStateMachine):
-    """Processes reserve, settle, lose and die while the clock does what clocks do; no cap is ever broken.
-
-    The model keeps, for each window it has seen, what may have been spent in it.
-    """
-
-    held = Bundle("held")
-
-    @initialize()
-    def open(self) -> None:
-        self.store = Store.open("sqlite://")
-        self.clock = Clock(2026, 3, 7, 12, zone=ZONE)
-        self.budgets = [self.process() for _ in range(2)]
-        self.expected: dict[str, Decimal] = {}
-        self.caps: dict[str, Decimal] = {}
-        self.ended: set[int] = set()
-        self.standing: set[int] = set()
-
-    def process(self) -> Budget:
-        caps = BudgetSettings(**CAPS, timezone=ZONE, week_start="sunday")
-        return Budget(self.store, caps, TASK_CAPS, clock=self.clock, announce=lambda *_: None)
-
-    def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.store.close()
-
-    def add(self, reservation: Reservation, amount: Decimal) -> None:
-        for window in reservation.windows:
-            self.expected[window.key] = self.expected.get(window.key, Decimal(0)) + amount
-            self.caps[window.key] = window.cap
-
-    @rule(target=held, who=st.integers(0, 1), task=st.sampled_from("ab"), cents=st.integers(1, 70))
-    def reserve(self, who: int, task: str, cents: int) -> Any:
-        amount = Decimal(cents) / 100
-        budget = self.budgets[who]
-        fits = all(self.expected.get(w.key, Decimal(0)) + amount <= w.cap for w in budget.windows(task))
-        if not fits:
-            with pytest.raises(BudgetExceeded) as caught:
-                budget.reserve(task, "p", "m", amount, "r")
-            assert caught.value.resets_at.timestamp() > self.clock.now
-            return None
-        reservation = budget.reserve(task, "p", "m", amount, "r")
-        self.add(reservation, amount)
-        return reservation
-
-    def ends(self, reservation: Reservation) -> bool:
-        """Whether this is the call's first end, the only one that counts."""
-        first = reservation.id not in self.ended
-        self.ended.add(reservation.id)
-        return first
-
-    @rule(reservation=consumes(held), who=st.integers(0, 1), share=st.integers(0, 100))
-    def settle(self, reservation: Reservation | None, who: int, share: int) -> None:
-        if reservation is not None:
-            actual = reservation.worst_case * share / 100
-            self.budgets[who].settle(reservation, actual, Usage(1, 1))
-            if self.ends(reservation):
-                self.add(reservation, actual - reservation.worst_case)
-
-    @rule(reservation=held, who=st.integers(0, 1))
-    def settle_what_another_settles_too(self, reservation: Reservation | None, who: int) -> None:
-        """The reservation stays in the bundle: it may be ended again, by either process and in any way."""
-        if reservation is not None:
-            self.budgets[who].settle(reservation, Decimal(0), Usage())
-            if self.ends(reservation):
-                self.add(reservation, -reservation.worst_case)
-
-    @rule(target=held, reservation=consumes(held), who=st.integers(0, 1), share=st.integers(0, 100))
-    def settle_and_call_again(self, reservation: Reservation | None, who: int, share: int) -> Any:
-        """The next call of the kind takes what the last one's record held for it, or gets nothing without asking."""
-        if reservation is None:
-            return None
-        actual = reservation.worst_case * share / 100
-        budget = self.budgets[who]
-        before = self.store.window_states([w.key for w in reservation.windows])
-        budget.complete_remote(settlements=[Settlement(reservation, "settled", actual)], hold_next=True)
-        if self.ends(reservation):
-            self.add(reservation, actual - reservation.worst_case)
-        taken = budget.standing(reservation.task, "p", "m", reservation.worst_case, "next")
-        for one in budget.held_ahead():
-            if one.id not in self.standing:
-                self.standing.add(one.id)
-                self.add(one, one.worst_case)
-        if taken is not None and taken.id not in self.standing:
-            self.add(taken, taken.worst_case)
-            for window in taken.windows:
-                assert before[window.key].committed <= window.cap
-                assert self.expected[window.key] <= Decimal("0.9") * window.cap
-        self.standing.discard(taken.id if taken else -1)
-        return taken
-
-    @rule(who=st.integers(0, 1))
-    def put_back(self, who: int) -> None:
-        """A process has had nothing to do for a while."""
-        for one in self.budgets[who].held_ahead():
-            self.standing.discard(one.id)
-            self.add(one, -one.worst_case)
-        assert self.budgets[who].put_back() is False
-
-    @rule(reservation=consumes(held), who=st.integers(0, 1))
-    def release(self, reservation: Reservation | None, who: int) -> None:
-        if reservation is not None:
-            self.budgets[who].release(reservation)
-            if self.ends(reservation):
-                self.add(reservation, -reservation.worst_case)
-
-    @rule(reservation=consumes(held), who=st.integers(0, 1))
-    def lose(self, reservation: Reservation | None, who: int) -> None:
-        if reservation is not None:
-            self.budgets[who].lost(reservation)
-            self.ends(reservation)
-
-    @rule(reservation=consumes(held), who=st.integers(0, 1))
-    def crash(self, reservation: Reservation | None, who: int) -> None:
-        """A process dies with a call in flight; another takes its place, knowing nothing."""
-        self.budgets[who] = self.process()
-
-    @rule(hours=st.integers(-72, 72))
-    def drift(self, hours: int) -> None:
-        """Hours pass; or the clock is set back."""
-        self.clock.now += hours * 3600
-
-    @rule(
-        moment=st.sampled_from(
-            [(2026, 3, 8, 1, 59), (2026, 3, 8, 3, 0), (2026, 11, 1, 1, 30), (2026, 2, 28, 23, 59), (2026, 4, 1, 0, 0)]
-        )
-    )
-    def leap(self, moment: tuple[int, ...]) -> None:
-        """Land where calendars are awkward: clocks going forward and back, the ends of months."""
-        self.clock.now = Clock(*moment, zone=ZONE).now
-
-    @invariant()
-    def caps_hold(self) -> None:
-        if not hasattr(self, "store"):
-            return
-        for key, state in self.store.window_states(list(self.expected)).items():
-            assert state.committed == self.expected[key], key
-            assert Decimal(0) <= state.spent <= state.committed <= self.caps[key]
-
-
-TestLedger = Ledger.TestCase
-TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

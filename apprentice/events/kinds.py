@@ -203,6 +203,25 @@ class EventKind(StrEnum):
         "Raise the cap in apprentice.yaml, or wait until it resets.",
     )
 
+    BUDGET_HELD = (
+        "budget_held",
+        "warning",
+        "Calls in flight held all that was left of a cap for longer than a request could wait.",
+        "Raise the cap in apprentice.yaml, lower max_output_tokens (what a call holds), or run fewer calls at once.",
+    )
+    BILLED_ABOVE_RESERVATION = (
+        "billed_above_reservation",
+        "critical",
+        "A vendor billed more for a call than it could have cost by the price list and the limits it was given.",
+        "It is counted in full, and more is held for this model's next calls. Compare the vendor's own bill and price.",
+    )
+    RESERVATION_RELEASED = (
+        "reservation_released",
+        "warning",
+        "A person gave back what a call held whose end nobody recorded.",
+        "Compare the vendor's bill: if the call was billed, the cap has more room than it should.",
+    )
+
     # --- training ---
 
     TRAINING_FAILED = (

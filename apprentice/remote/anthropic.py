@@ -24,7 +24,7 @@ from apprentice.remote.provider import (
     schema_in_words,
     text_of,
 )
-from apprentice.remote.usage import usage_of
+from apprentice.remote.usage import total, usage_of
 from apprentice.schema import compact_json
 from apprentice.store import Usage
 from apprentice.transport import Endpoint, Request
@@ -100,16 +100,10 @@ class Anthropic:
 def _usage(reported: Any) -> Usage | None:
     if not isinstance(reported, dict):
         return None
-    cached: Any = reported.get("cache_read_input_tokens") or 0
-    written: Any = reported.get("cache_creation_input_tokens") or 0
-    plain: Any = reported.get("input_tokens")
+    cached, written = reported.get("cache_read_input_tokens"), reported.get("cache_creation_input_tokens")
     details = reported.get("output_tokens_details")
-    try:
-        read = plain + cached + written  # this vendor counts them apart
-    except TypeError:
-        return None
     return usage_of(
-        read,
+        total(reported.get("input_tokens"), cached, written),  # this vendor counts them apart
         reported.get("output_tokens"),
         cached=cached,
         cache_write=written,

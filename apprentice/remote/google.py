@@ -20,7 +20,7 @@ from apprentice.remote.provider import (
     schema_in_words,
     text_of,
 )
-from apprentice.remote.usage import usage_of
+from apprentice.remote.usage import total, usage_of
 from apprentice.store import Usage
 from apprentice.transport import Endpoint, Request
 
@@ -89,10 +89,10 @@ class Google:
 def _usage(reported: Any) -> Usage | None:
     if not isinstance(reported, dict):
         return None
-    thoughts = reported.get("thoughtsTokenCount") or 0
-    try:  # this vendor counts them apart
-        read = reported["promptTokenCount"] + (reported.get("toolUsePromptTokenCount") or 0)
-        written = (reported.get("candidatesTokenCount") or 0) + thoughts
-    except (KeyError, TypeError):
-        return None
-    return usage_of(read, written, cached=reported.get("cachedContentTokenCount"), reasoning=thoughts)
+    thoughts = reported.get("thoughtsTokenCount")
+    return usage_of(  # this vendor counts them apart
+        total(reported.get("promptTokenCount"), reported.get("toolUsePromptTokenCount")),
+        total(0, reported.get("candidatesTokenCount"), thoughts),
+        cached=reported.get("cachedContentTokenCount"),
+        reasoning=thoughts,
+    )

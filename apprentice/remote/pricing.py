@@ -53,9 +53,11 @@ class Price:
         )
 
     def worst(self, input_tokens: int, output_tokens: int) -> Decimal:
-        """The most that a call of at most so many tokens can cost."""
-        written = input_tokens if self.cache_write > self.input else 0
-        return self.cost(Usage(input=input_tokens, output=output_tokens, cache_write=written))
+        """The most that a call of at most so many tokens can cost, whichever way its input is read."""
+        return max(
+            self.cost(Usage(input=input_tokens, output=output_tokens, cached=cached, cache_write=written))
+            for cached, written in ((0, 0), (input_tokens, 0), (0, input_tokens))
+        )
 
 
 class PriceList:

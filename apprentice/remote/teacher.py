@@ -1,25 +1,25 @@
 """Asking the remote: which provider, how often, at what price, until there is an answer that fits.
 
 `Teacher.ask` blocks. Sending, sleeping, time and chance are arguments, so a test walks it with no network, no clock and
-no sleep. One call of it holds at most one reservation at a time and never returns, or raises, with money unaccounted
-for: on success the caller gets the settlements, to commit them together with the example; on failure they are in the
-ledger already.
+no sleep. What it costs goes through the caller's `Account`: every attempt is reserved before it is sent and ended
+after, and the caller commits that with the example.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random as random_module
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from apprentice import secrets
-from apprentice.budget import Budget
+from apprentice.budget import Account
 from apprentice.config import ProviderSettings, RemoteSettings, TaskSettings, require_key
 from apprentice.errors import (
     ApprenticeError,
@@ -42,7 +42,7 @@ from apprentice.remote.openai import OpenAIChat, OpenAIResponses
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import FORMATS, Completion, Format, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
-from apprentice.store import Reservation, Settlement, Usage
+from apprentice.store import Usage
 from apprentice.transport import Request, Send
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
@@ -55,14 +55,14 @@ _BYTES_PER_TOKEN = 3.6  # of English and JSON, on average; for expectations, nev
 _TYPICAL_OUTPUT = 40.0  # tokens, until a task's first answer
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _SHORTEST_ATTEMPT_S = 0.05
+_SHARE_WAITED = 0.8  # of the time that is left, for a cap to have room again; the rest is for the answer
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteAnswer:
     """An answer that fits the schema, and what it cost.
 
-    ``usage`` and ``cost`` are of all its calls together, the repaired and the lost ones included. ``settlements`` say
-    how those calls ended: the caller commits them with the example (`Budget.complete_remote`).
+    ``usage`` and ``cost`` (USD) are of all its calls together, the repaired and the lost ones included.
     """
 
     output: dict[str, Any]
@@ -70,7 +70,6 @@ class RemoteAnswer:
     model: str
     usage: Usage
     cost: Decimal
-    settlements: tuple[Settlement, ...]
     attempts: int
     latency_ms: float
 
@@ -107,27 +106,13 @@ class _Source:
 
 
 @dataclass(slots=True)
-class _Account:
-    """The money of one `ask`: what is held now, and how what was held before has ended."""
-
-    held: Reservation | None = None
-    ended: list[Settlement] = field(default_factory=list)
-
-    def end(self, state: Any, cost: Decimal = Decimal(0), usage: Usage | None = None) -> None:
-        if self.held is not None:
-            worst = self.held.worst_case
-            self.ended.append(Settlement(self.held, state, worst if state == "lost" else cost, usage or Usage()))
-            self.held = None
-
-
-@dataclass(slots=True)
 class _Asking:
     """One `ask`: what is asked, its money, and how often it was sent so far."""
 
     task: TaskSettings
     user: str
-    request_id: str
-    account: _Account
+    account: Account
+    waits_for_money: bool = True
     attempts: int = 0
 
 
@@ -142,7 +127,6 @@ class Teacher:
     def __init__(
         self,
         settings: RemoteSettings,
-        budget: Budget,
         send: Send,
         environ: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.time,
@@ -151,7 +135,6 @@ class Teacher:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._settings = settings
-        self._budget = budget
         self._send = send
         self._sleep = sleep
         self._clock = clock
@@ -205,29 +188,23 @@ class Teacher:
         read = len(request.content) / _BYTES_PER_TOKEN
         return source.price.now().cost(Usage(input=round(read), output=max(round(written), 1)))
 
-    def ask(self, task: TaskSettings, value: Mapping[str, Any], request_id: str) -> RemoteAnswer:
-        """Get an answer that fits the task's output schema.
+    def ask(self, task: TaskSettings, value: Mapping[str, Any], account: Account) -> RemoteAnswer:
+        """Get an answer that fits the task's output schema, paid for through ``account``.
 
-        Raises `BudgetExceeded`, `OutputError`, `RemoteRefused`, `RemoteUnavailable`; the ledger knows of every call.
+        One provider after the other, until one brings an answer that fits: why another did not is no question. Raises
+        `BudgetExceeded`, `OutputError`, `RemoteRefused`, `RemoteUnavailable`.
         """
-        account = _Account()
-        try:
-            return self._ask(task, value, request_id, account)
-        except BaseException:
-            account.end("lost")  # what is still held was sent, and may be billed
-            self._budget.end(account.ended)
-            raise
-
-    def _ask(self, task: TaskSettings, value: Mapping[str, Any], request_id: str, account: _Account) -> RemoteAnswer:
-        """One provider after the other, until one brings an answer that fits: why another did not is no question."""
         began = self._monotonic()
         ends = began + self._settings.deadline_s
-        asking = _Asking(task, remote_user(value), request_id, account)
+        asking = _Asking(task, remote_user(value), account)
         causes: list[ApprenticeError] = []
         order = self._order()
         for i, source in enumerate(order):
             now = self._monotonic()
-            share_s = (ends - now) / (len(order) - i)  # leave time for those who come after
+            others = len(order) - i - 1
+            share_s = (ends - now) / (others + 1)  # leave time for those who come after
+            # Where a cap is only held, the next provider may cost less; there is none after the last one, which waits.
+            asking.waits_for_money = not others
             try:
                 output = self._ask_one(asking, source, now + share_s)
             except (RemoteError, OutputError, BudgetExceeded) as error:
@@ -239,9 +216,8 @@ class Teacher:
                 output=output,
                 provider=source.provider.name,
                 model=source.settings.model,
-                usage=sum((s.usage for s in account.ended), Usage()),
-                cost=sum((s.cost for s in account.ended), Decimal(0)),
-                settlements=tuple(account.ended),
+                usage=account.usage,
+                cost=account.cost,
                 attempts=asking.attempts,
                 latency_ms=(self._monotonic() - began) * 1000,
             )
@@ -294,38 +270,26 @@ class Teacher:
         self, asking: _Asking, source: _Source, prompt: Prompt, turns: Sequence[Turn], ends: float
     ) -> Completion | Failure:
         """One completion of one provider, through as many attempts as it takes and the deadline allows."""
-        account, task = asking.account, asking.task.name
-        name, model = source.provider.name, source.settings.model
         request = source.provider.build(prompt, asking.user, turns)
-        price = source.price.now()
-        worst = price.worst(len(request.content) + _VENDORS_OWN_TOKENS, prompt.max_output_tokens)
         failure = Failure("there was no time for an attempt before the deadline")
         for attempt in range(self._settings.max_retries + 1):
             if (rest := source.breaker.wait_s(self._monotonic())) > 0:
                 left_alone = f"is left alone for {rest:.1f} s because it kept failing"
                 failure = Failure(f"{left_alone}; the last failure: {failure.message}" if attempt else left_alone)
                 break
-            if (in_vain := self._wait_for_turn(source, task, request, ends)) is not None:
+            if (in_vain := self._wait_for_turn(source, asking.task.name, request, ends)) is not None:
                 failure = failure if attempt else in_vain
                 break
             try:
                 # Reserved after the wait: a queue of calls that may not be made yet must not hold the budget.
-                if account.held is None:
-                    account.held = self._budget.standing(task, name, model, worst, asking.request_id)
-                if account.held is None:
-                    account.held = self._budget.reserve(task, name, model, worst, asking.request_id)
-                asking.attempts += 1
-                answer = self._attempt(source, request, ends - self._monotonic())
+                answer = self._attempt(asking, source, prompt, request, ends)
             finally:
                 source.limits.leave()
             now = self._monotonic()
             if isinstance(answer, Completion):
                 source.breaker.succeeded()
-                self._settle(source, asking.task, account, answer, price)
                 return answer
             failure = answer
-            if failure.billed:
-                account.end("lost")
             if not failure.again:
                 break
             if failure.throttled:
@@ -336,14 +300,30 @@ class Teacher:
             if attempt == self._settings.max_retries or now + wait_s + _SHORTEST_ATTEMPT_S > ends:
                 break
             self._sleep(wait_s)
-        if account.held is not None:  # give it back now: the next provider's reservation may need the room
-            account.end("released")
-            unbilled = account.ended.pop()
-            self._budget.end([unbilled])
         return failure
 
-    def _attempt(self, source: _Source, request: Request, within_s: float) -> Completion | Failure:
-        """Send once. The exception is dropped here: it holds the request, and the request holds the key."""
+    def _attempt(
+        self, asking: _Asking, source: _Source, prompt: Prompt, request: Request, ends: float
+    ) -> Completion | Failure:
+        """Send once, and pay for it. Raises `BudgetExceeded` where a cap leaves no room."""
+        price = source.price.now()
+        worst = price.worst(len(request.content) + _VENDORS_OWN_TOKENS, prompt.max_output_tokens)
+        wait_s = _SHARE_WAITED * (ends - self._monotonic()) if asking.waits_for_money else 0.0
+        with asking.account.call(source.provider.name, source.settings.model, worst, wait_s=wait_s) as call:
+            asking.attempts += 1
+            call.sent()
+            answer = self._send_once(source, request, ends - self._monotonic())
+            if isinstance(answer, Failure):
+                if not answer.billed:
+                    call.free()
+            # Who wrote something wrote more than nothing: such a vendor does not say what it bills.
+            elif answer.usage is not None and (answer.usage.output or not answer.text):
+                call.settle(price.cost(answer.usage), answer.usage)
+                self._remember_output(source, asking.task, answer.usage.output)
+        return answer
+
+    def _send_once(self, source: _Source, request: Request, within_s: float) -> Completion | Failure:
+        """What came back. The exception is dropped here: it holds the request, and the request holds the key."""
         try:
             response = self._send(request, within_s)
         except Exception as error:  # noqa: BLE001  # whatever sending raises, this provider brought no answer
@@ -379,16 +359,10 @@ class Teacher:
         until = datetime.fromtimestamp(self._clock() + rest_s, UTC).isoformat(timespec="seconds")
         return Failure(f"it asked for no call before {until} ({why})", 429, throttled=True)
 
-    def _settle(
-        self, source: _Source, task: TaskSettings, account: _Account, completion: Completion, price: Any
-    ) -> None:
-        if completion.usage is None:
-            account.end("lost")  # the vendor does not say what it bills
-            return
-        account.end("settled", price.cost(completion.usage), completion.usage)
+    @staticmethod
+    def _remember_output(source: _Source, task: TaskSettings, written: int) -> None:
         typical = source.typical_output
         seen = typical.get(task.name)
-        written = completion.usage.output
         typical[task.name] = written if seen is None else seen + 0.05 * (written - seen)
 
     def _pause_s(self, attempt: int) -> float:
@@ -424,7 +398,10 @@ def _no_answer(task: str, providers: Sequence[str], causes: Sequence[ApprenticeE
 
     Where one of them was merely away, or held up by a cap, a later request may succeed, and the error says so.
     """
-    if len(causes) == 1 or all(isinstance(cause, BudgetExceeded) for cause in causes):
+    too_dear = [cause for cause in causes if isinstance(cause, BudgetExceeded)]
+    if len(too_dear) == len(causes):
+        return min(too_dear, key=lambda e: math.inf if e.retry_after_s is None else e.retry_after_s)
+    if len(causes) == 1:
         return causes[0]
     named = ", ".join(providers)
     said = f"none brought an answer: {'; '.join(str(cause) for cause in causes)}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from apprentice.store import Usage
 
-__all__ = ["usage_of"]
+__all__ = ["total", "usage_of"]
 
 _MOST_TOKENS = 100_000_000
 """Far beyond what any model reads or writes in one call, and far within what the store and prices can count."""
@@ -29,6 +29,15 @@ def usage_of(
     if whole_input == 0 or from_cache + to_cache > whole_input or thought > output:
         return None
     return Usage(whole_input, output, from_cache, to_cache, thought)
+
+
+def total(first: Any, *others: Any) -> int | None:
+    """Counts added up, for vendors that count apart; None where the first is missing or any of them is no count.
+
+    Each is looked at by itself: in a sum, a negative one or a fraction would not be seen any more.
+    """
+    counts = [_whole(first), *(_whole(other) for other in others if other is not None)]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _whole(value: Any) -> int | None:

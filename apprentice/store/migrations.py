@@ -279,6 +279,38 @@ def create_version_holds(op: Operations) -> None:
     )
 
 
+def bind_caps_and_name_windows(op: Operations) -> None:
+    """Keep the caps beside their windows, so that a lower one binds processes that started before.
+
+    And say in every call which windows hold it, so that it can be released. Everything new has a default: an Apprentice
+    that was started earlier goes on reserving and settling.
+    """
+    op.create_table(
+        "caps",
+        Column("key", Text, primary_key=True),
+        Column("cap", BigInteger),
+        *_floats("configured_at"),
+        sqlite_with_rowid=False,
+    )
+    for name in ("windows", "reason"):
+        op.add_column("calls", Column(name, Text, nullable=False, server_default=""))
+    # A call that a person released, and whose owner came to tell what it cost: out of one total, into another.
+    keys = ("task", "day", "provider", "model")
+    same = " AND ".join(f"{name} = NEW.{name}" for name in keys)
+    sums = ("calls", "cost", *_TOKENS)
+    new = ", ".join((*(f"NEW.{name}" for name in (*keys, "state")), "1", "NEW.cost", *(f"NEW.{n}" for n in _TOKENS)))
+    added = ", ".join(f"{name} = call_totals.{name} + excluded.{name}" for name in sums)
+    _on(
+        op,
+        "count_call_of_the_living",
+        "AFTER UPDATE ON calls",
+        f"UPDATE call_totals SET calls = calls - 1 WHERE {same} AND state = 'released'; "
+        f"INSERT INTO call_totals ({', '.join((*keys, 'state', *sums))}) VALUES ({new}) "
+        f"ON CONFLICT ({', '.join((*keys, 'state'))}) DO UPDATE SET {added}",
+        when="OLD.state = 'released' AND NEW.state <> 'released'",
+    )
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -291,6 +323,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_totals,
     create_version_states,
     create_version_holds,
+    bind_caps_and_name_windows,
 )
 LATEST = len(_STEPS)
 

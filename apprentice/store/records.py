@@ -23,7 +23,6 @@ __all__ = [
     "EventRecord",
     "ExampleRecord",
     "Lease",
-    "NextCall",
     "Reservation",
     "RunRecord",
     "Settlement",
@@ -252,7 +251,10 @@ class CapWindow:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """The worst-case price of a call, held in every window until the call is settled, released or lost."""
+    """The worst-case price of a call, held in every window until the call is settled, released or lost.
+
+    ``owner`` names the process that makes the call, as `apprentice.owner` does.
+    """
 
     id: int
     task: str
@@ -262,6 +264,7 @@ class Reservation:
     worst_case: Decimal
     windows: tuple[CapWindow, ...]
     created_at: float
+    owner: str = ""
 
     def numbered(self, number: int) -> Reservation:
         """The same under its number. On the path of every request, so not by `dataclasses.replace`, which is slow."""
@@ -274,26 +277,25 @@ class Reservation:
             self.worst_case,
             self.windows,
             self.created_at,
+            self.owner,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How a reserved call ended: ``settled`` at its price, ``released`` unbilled, ``lost`` and counted as spent."""
+    """How a reserved call ended: ``settled`` at its price, ``released`` unbilled, ``lost`` and counted as spent.
+
+    Raises `ValueError` for a cost that is negative or no number: it would lift a cap.
+    """
 
     reservation: Reservation
     state: Literal["settled", "released", "lost"]
     cost: Decimal
     usage: Usage = Usage()
 
-
-@dataclass(frozen=True, slots=True)
-class NextCall:
-    """A call that has yet to come: what it may cost at most, who will make it, and the day it is counted on."""
-
-    worst_case: Decimal
-    owner: str
-    day: str
+    def __post_init__(self) -> None:
+        if not (self.cost.is_finite() and self.cost >= 0):
+            raise ValueError(f"a call cannot cost {self.cost}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,13 +322,12 @@ class WindowState:
 class Completed:
     """What recording a remote answer came to.
 
-    ``state`` is the task's new one, where it changed; ``windows`` are, for each settlement, its cap windows after it
-    (empty where it had ended before); ``held`` is the reservation of the next call, where one was made.
+    ``state`` is the task's new one, where it changed; ``windows`` are, for each settlement, its cap windows after it,
+    or None where it had ended before.
     """
 
     state: TaskState | None
-    windows: list[list[WindowState]]
-    held: Reservation | None
+    windows: list[list[WindowState] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +335,8 @@ class SpendRow:
     """Calls of one task, day, provider and model that ended in the same way, and what was spent on them.
 
     ``state`` is settled (``cost`` is the bill), lost (it may have been billed: ``cost`` is the worst case) or released
-    (nothing was billed). A vendor's training is a call too; its provider is named "... training".
+    (nothing was billed). A vendor's training is a call too, its provider is named "... training"; so is an answer of a
+    local model that a vendor hosts, "... hosted".
     """
 
     task: str
@@ -348,8 +350,8 @@ class SpendRow:
 
     @property
     def is_answering(self) -> bool:
-        """Whether these calls were made for answers, and not for training: such are saved by local answers."""
-        return not self.provider.endswith(" training")
+        """Whether these calls were made for the remote's answers, which are what local answers save."""
+        return not self.provider.endswith((" training", " hosted"))
 
 
 @dataclass(frozen=True, slots=True)

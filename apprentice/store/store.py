@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
+from apprentice.errors import StoreError
 from apprentice.store import comparisons, counts, events, examples, holds, ledger, runs, states, totals, versions
 from apprentice.store.database import Database, Transaction, open_database
 from apprentice.store.migrations import migrate
@@ -27,7 +28,6 @@ from apprentice.store.records import (
     ExampleTotals,
     Held,
     Lease,
-    NextCall,
     Reservation,
     RunRecord,
     Settlement,
@@ -128,12 +128,11 @@ class Store:
         counts: Sequence[Count] = (),
         change: Callable[[TaskState], StateChange] | None = None,
         task: str | None = None,
-        next_call: NextCall | None = None,
     ) -> Completed:
         """Record a remote answer, all of it or nothing, durably: what it cost, the example, the counts.
 
-        With ``change`` the state of ``task`` (default: the example's) changes in the same transaction. With
-        ``next_call`` one more call like the last settlement's is held, where the caps leave ample room.
+        With ``change`` the state of ``task`` (default: the example's) changes in the same transaction. Doing it again,
+        because nobody heard whether it was done, adds no second example and no second count.
         """
         name = task or (example.task if example else None)
         with self._write(durable=True) as tx:
@@ -144,12 +143,13 @@ class Store:
                 if name is None:
                     raise TypeError("complete_remote needs task= to change a state without an example")
                 state = states.update_state(tx, name, None, change, at)
-            windows, held = ledger.end_calls(tx, settlements, at, next_call)
-            if example is not None:
+            windows = ledger.end_calls(tx, settlements, at)
+            done_before = bool(windows) and all(states is None for states in windows)
+            if example is not None and not done_before:
                 examples.add(tx, example)
-            if counts:
+            if counts and not done_before:
                 _add_counts(tx, counts)
-            return Completed(state, windows, held)
+            return Completed(state, windows)
 
     def add_example(self, example: ExampleRecord) -> int:
         """Record an example that cost nothing (imported, replayed); returns its ``seq``."""
@@ -406,10 +406,51 @@ class Store:
         with self._write() as tx:
             ledger.open_windows(tx, windows)
 
-    def end_calls(self, settlements: Sequence[Settlement]) -> list[list[WindowState]]:
+    def set_caps(self, by_key: Mapping[str, Decimal | None], configured_at: float) -> None:
+        """Put caps in force, by ``scope|period`` in USD (None: no cap), unless a newer configuration has spoken."""
+        with self._write() as tx:
+            ledger.set_caps(tx, by_key, configured_at)
+
+    def caps(self) -> dict[str, Decimal | None]:
+        """The caps in force, by ``scope|period``."""
+        with self._database.read() as tx:
+            return ledger.caps_in_force(tx)
+
+    def end_calls(self, settlements: Sequence[Settlement]) -> list[list[WindowState] | None]:
         """Record how calls ended that brought no answer; see `complete_remote` for those that did."""
         with self._write(durable=True) as tx:
-            return ledger.end_calls(tx, settlements, self._clock())[0]
+            return ledger.end_calls(tx, settlements, self._clock())
+
+    def open_calls(self) -> list[Reservation]:
+        """Every call that is held and has not ended, the oldest first: those in flight, and those of the dead."""
+        with self._database.read() as tx:
+            return ledger.open_calls(tx)
+
+    def find_calls(self, request_id: str, provider: str) -> list[tuple[Reservation, str]]:
+        """The calls of one request to a provider, each with its state. Slow on a long ledger: for rare questions."""
+        with self._database.read() as tx:
+            return ledger.find_calls(tx, request_id, provider)
+
+    def release_by_hand(self, number: int, reason: str, event: Callable[[Reservation], EventRecord]) -> EventRecord:
+        """Give back what an open call holds, with its reason and an event, on a person's word.
+
+        Should the call's owner be alive and settle it later, what it cost counts all the same. Raises `StoreError`
+        where no such call is open.
+        """
+        with self._write(durable=True) as tx:
+            held = ledger.release_by_hand(tx, number, reason, self._clock())
+            if held is None:
+                raise StoreError(f"no reservation {number} is open; `apprentice budget` lists those that are")
+            told = event(held)
+            events.add(tx, [told])
+            return told
+
+    def release_unsent(self, is_over: Callable[[Reservation], bool]) -> list[Reservation]:
+        """Forget what an Apprentice of old held for calls that nobody had to make; ``is_over``: its owner is gone."""
+        if all(call.request_id for call in self.open_calls()):
+            return []  # the usual case, without a writer's lock
+        with self._write() as tx:
+            return ledger.release_unsent(tx, is_over)
 
     def window_states(self, keys: Sequence[str]) -> dict[str, WindowState]:
         """What is spent and held in these windows; one that does not exist holds nothing and is left out."""

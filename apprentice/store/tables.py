@@ -12,6 +12,7 @@ __all__ = [
     "call_totals",
     "calls",
     "cap_windows",
+    "caps",
     "comparisons",
     "counts",
     "events",
@@ -199,7 +200,18 @@ events = Table(
 )
 Index("events_id", events.c.id, unique=True)
 
-# One row per cap and period. committed = spent + what calls in flight may still cost; never above the cap.
+# One row per cap there may be ("scope|period"), as the newest configuration has it: NULL where it has none.
+caps = Table(
+    "caps",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("cap", BigInteger),
+    Column("configured_at", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# One row per cap and period. committed = spent + what calls in flight may still cost; no reservation lifts it above
+# the cap.
 cap_windows = Table(
     "cap_windows",
     metadata,
@@ -233,6 +245,9 @@ calls = Table(
     Column("reasoning_tokens", BigInteger, nullable=False, server_default="0"),
     Column("created_at", Float, nullable=False),
     Column("ended_at", Float),
+    # The keys of the windows that hold it, one a line, "-" for none; "" where an older Apprentice did not say.
+    Column("windows", Text, nullable=False, server_default=""),
+    Column("reason", Text, nullable=False, server_default=""),  # why a person released it
 )
 _open = calls.c.state == "reserved"
 Index("calls_open", calls.c.task, sqlite_where=_open, postgresql_where=_open)

@@ -78,16 +78,19 @@ class School:
         return self.time.slept
 
     def ask(self, task: TaskSettings = TASK, request_id: str = "r") -> RemoteAnswer:
-        answer = self.teacher.ask(task, VALUE, request_id)
-        self.budget.complete_remote(settlements=answer.settlements)
+        with self.budget.account(task.name, request_id) as account:
+            answer = self.teacher.ask(task, VALUE, account)
+            account.complete()
         return answer
 
     def ledger(self) -> dict[str, int]:
+        """How the calls ended. Attempts that cost nothing are left out, or count once where there were no others."""
         rows: Counter[str] = Counter()
         for row in self.store.spend():
             rows[row.state] += row.calls
+        assert self.store.held() == []
         assert all(cap.reserved == 0 for cap in self.budget.remaining())
-        return dict(rows)
+        return {state: n for state, n in rows.items() if state != "released"} or dict.fromkeys(rows, 1)
 
 
 @pytest.fixture
@@ -111,7 +114,7 @@ def school() -> Generator[Any]:
         settings = RemoteSettings.model_validate({**sections[0], "additional_providers": sections[1:], **remote})
         store = Store.open("sqlite://")
         stores.append(store)
-        budget = Budget(store, BudgetSettings(daily=Decimal(daily)), announce=lambda *_: None)
+        budget = Budget(store, BudgetSettings(daily=Decimal(daily)))
         time = Time()
 
         def send(request: Request, deadline_s: float) -> Response:
@@ -124,7 +127,7 @@ def school() -> Generator[Any]:
                 raise
 
         draw = random.Random(7)
-        teacher = Teacher(settings, budget, send, environ, random=draw, monotonic=time, sleep=time.sleep)
+        teacher = Teacher(settings, send, environ, random=draw, monotonic=time, sleep=time.sleep)
         return School(teacher, budget, store, time)
 
     yield open_school
@@ -363,7 +366,7 @@ def test_a_vendors_pause_is_bounded_and_named(school: Any, after: str) -> None:
     assert (caught.value.status, server.asked) == (429, 1)
     room.time.now += 601
     room.ask()
-    assert room.ledger() == {"released": 1, "settled": 1}
+    assert room.ledger() == {"settled": 1}
 
 
 def test_a_busy_provider_is_named_so(school: Any) -> None:
@@ -487,16 +490,17 @@ def test_nothing_that_a_vendor_sends_gets_past(vendor: Any, helped: bool, ledger
 
     other = {**sane.settings(), "base_url": "http://sane.invalid/v1beta", "api_key_env": "SANE"}
     settings = RemoteSettings.model_validate({**mad.settings(), "additional_providers": [other] if helped else []})
-    budget = Budget(ledger, BudgetSettings(daily=Decimal(1_000_000)), announce=lambda *_: None)
+    budget = Budget(ledger, BudgetSettings(daily=Decimal(1_000_000)))
     time = Time()
     environ = {**mad.environ, "SANE": sane.key}
-    teacher = Teacher(settings, budget, send, environ, random=random.Random(7), monotonic=time, sleep=time.sleep)
+    teacher = Teacher(settings, send, environ, random=random.Random(7), monotonic=time, sleep=time.sleep)
     try:
-        answer = teacher.ask(TASK, VALUE, "r")
+        with budget.account(TASK.name, "r") as account:
+            answer = teacher.ask(TASK, VALUE, account)
+            account.complete()
     except (OutputError, RemoteRefused, RemoteUnavailable):
         assert not helped
     else:
-        budget.complete_remote(settlements=answer.settlements)
         assert TASK.output_schema.check(answer.output) == answer.output
         assert answer.cost >= 0
     assert all(cap.reserved == 0 for cap in budget.remaining())
@@ -530,8 +534,9 @@ def test_over_a_real_connection(own: bool) -> None:
         settings = RemoteSettings.model_validate(vendor.settings(max_retries=8))
         quick = random.Random(1)
         quick.random = lambda: 0.01  # type: ignore[method-assign]
-        teacher = Teacher(settings, Budget(store, BudgetSettings()), sender.send, vendor.environ, random=quick)
-        answer = teacher.ask(TASK, VALUE, "r1")
+        teacher = Teacher(settings, sender.send, vendor.environ, random=quick)
+        with Budget(store, BudgetSettings()).account(TASK.name, "r1") as account:
+            answer = teacher.ask(TASK, VALUE, account)
         assert (answer.output, answer.attempts) == ({"category": "shipping"}, 7)
         assert answer.usage.output > 0
 
@@ -544,9 +549,10 @@ def test_a_dripping_answer_meets_the_deadline() -> None:
         httpx.Client() as client,
     ):
         settings = RemoteSettings.model_validate(vendor.settings(deadline_s=0.3))
-        teacher = Teacher(settings, Budget(store, BudgetSettings()), Sender(client).send, vendor.environ)
-        with pytest.raises(RemoteUnavailable, match="still arriving"):
-            teacher.ask(TASK, VALUE, "r")
+        teacher = Teacher(settings, Sender(client).send, vendor.environ)
+        budget = Budget(store, BudgetSettings())
+        with pytest.raises(RemoteUnavailable, match="still arriving"), budget.account(TASK.name, "r") as account:
+            teacher.ask(TASK, VALUE, account)
         assert [row.state for row in store.spend()] == ["lost"]
 
 
@@ -559,7 +565,7 @@ def test_the_repair_shows_the_error(school: Any) -> None:
     assert repair.turns == (first.user, '{"category": "other"}')
     assert "category" in repair.user
     assert answer.attempts == 2
-    assert len(answer.settlements) == 2
+    assert sum(row.calls for row in room.store.spend()) == 2
     assert answer.cost == sum(row.cost for row in room.store.spend())
 
 
@@ -623,7 +629,7 @@ def test_a_hanging_provider_leaves_time_for_the_next(school: Any) -> None:
     answer = room.ask()
     assert answer.provider == "google"
     assert room.time.now - began <= 31
-    assert [s.state for s in answer.settlements] == ["lost", "settled"]
+    assert room.ledger() == {"lost": 1, "settled": 1}
 
 
 def test_the_breaker_leaves_a_dead_provider_alone(school: Any) -> None:
@@ -675,6 +681,53 @@ def test_the_cap_is_met_before_the_call(school: Any) -> None:
     assert vendor.asked == 0
 
 
+def test_a_queue_for_the_vendor_holds_no_money(school: Any) -> None:
+    """Whoever waits for the rate limit has reserved nothing yet: what he waits for can be spent by others."""
+    room = school(_Weighted("anthropic", right, more={"requests_per_minute": 60}))
+    held: list[Any] = []
+    sleep = room.time.sleep
+    room.teacher._sleep = lambda seconds: (held.extend(room.store.open_calls()), sleep(seconds))
+    for _ in range(3):
+        room.ask()
+    assert room.slept
+    assert held == []
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        *((status, "released") for status in (500, 503, 529, 429, 401)),
+        *((status, "lost") for status in (502, 504, 408, 524)),
+    ],
+)
+def test_a_gateway_that_gave_up_may_have_been_billed(school: Any, status: int, state: str) -> None:
+    """It had asked the vendor and got no answer in time; the vendor's own errors are free."""
+    vendor = FakeVendor("anthropic", right)
+    room = school(vendor, max_retries=0)
+    room.teacher._send = lambda request, deadline_s: Response(status, b'{"error": {"message": "no"}}')
+    with pytest.raises((RemoteUnavailable, RemoteRefused)):
+        room.ask()
+    assert room.ledger() == {state: 1}
+
+
+def test_an_answer_that_is_said_to_have_cost_nothing_costs_its_worst_case(school: Any) -> None:
+    """A gateway that reports zeros for everything it answers does not make a hundred calls free."""
+    vendor = FakeVendor("openai", right)
+    room = school(vendor)
+    send = room.teacher._send
+
+    def nothing_reported(request: Request, deadline_s: float) -> Response:
+        response = send(request, deadline_s)
+        body = json.loads(response.content)
+        body["usage"] = {"prompt_tokens": 150, "completion_tokens": 0}
+        return Response(response.status, json.dumps(body).encode())
+
+    room.teacher._send = nothing_reported
+    assert room.ask().output == {"category": "shipping"}
+    assert room.ledger() == {"lost": 1}
+    assert room.budget.remaining()[0].spent > 0
+
+
 def test_an_interrupted_request_counts_as_spent(school: Any) -> None:
     """Ctrl-C while a call is out: it was sent and may be billed, so it is settled as lost."""
     room = school(FakeVendor("anthropic", right), interrupt=KeyboardInterrupt())
@@ -697,16 +750,14 @@ def test_the_key_is_nowhere(school: Any, caplog: pytest.LogCaptureFixture) -> No
 
 def test_keys_and_prices_are_checked_at_the_start(school: Any) -> None:
     """A missing key names its variable; unknown prices of all providers are reported together."""
-    with Store.open("sqlite://") as store:
-        budget = Budget(store, BudgetSettings())
-        vendor = FakeVendor("anthropic")
-        settings = RemoteSettings.model_validate(vendor.settings(model="claude-unknown"))
-        with pytest.raises(ConfigError, match="FAKE_ANTHROPIC_KEY"):
-            Teacher(settings, budget, Sender().send, {})
-        with pytest.raises(ConfigError, match=r"remote\.model.*not known"):
-            Teacher(settings, budget, Sender().send, vendor.environ).price_check()
-        shipped = RemoteSettings.model_validate(vendor.settings())
-        Teacher(shipped, budget, Sender().send, vendor.environ).price_check()
+    vendor = FakeVendor("anthropic")
+    settings = RemoteSettings.model_validate(vendor.settings(model="claude-unknown"))
+    with pytest.raises(ConfigError, match="FAKE_ANTHROPIC_KEY"):
+        Teacher(settings, Sender().send, {})
+    with pytest.raises(ConfigError, match=r"remote\.model.*not known"):
+        Teacher(settings, Sender().send, vendor.environ).price_check()
+    shipped = RemoteSettings.model_validate(vendor.settings())
+    Teacher(shipped, Sender().send, vendor.environ).price_check()
 
 
 def test_estimates_follow_the_price_list(school: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from apprentice import AsyncApprentice, StoreError
+from apprentice.budget import Budget
 from apprentice.router import SNAPSHOT_S
 from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor, Fault
@@ -122,10 +125,26 @@ def test_bad_requests_say_what_is_wrong(
 
 
 def test_a_spent_budget_says_when_to_come_back(serve: Callable[..., TestClient]) -> None:
-    """429 with Retry-After, which HTTP clients understand."""
+    """429 with Retry-After, which HTTP clients understand: at midnight, or in seconds where the cap is only held."""
+    client = serve(budget={"daily": "0.05"})
+    budget: Budget = client.app.state.apprentice.parts.budget  # type: ignore[attr-defined]
+    held = budget.reserve("mood", "p", "m", Decimal("0.0499"), "r")
+    response = client.post("/v1/tasks/mood", json={"text": "x"})
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) <= 10
+    assert "in flight" in response.json()["error"]["message"]
+    budget.lost(held)
+    response = client.post("/v1/tasks/mood", json={"text": "x"})
+    assert response.status_code == 429
+    ends = budget.remaining()[0].resets_at
+    assert int(response.headers["retry-after"]) == pytest.approx((ends - datetime.now(UTC)).total_seconds(), abs=60)
+
+
+def test_a_cap_below_one_call_promises_no_time(serve: Callable[..., TestClient]) -> None:
+    """No waiting helps there."""
     response = serve(budget={"daily": "0.000001"}).post("/v1/tasks/mood", json={"text": "x"})
     assert response.status_code == 429
-    assert int(response.headers["retry-after"]) >= 1
+    assert "retry-after" not in response.headers
 
 
 @pytest.mark.parametrize(

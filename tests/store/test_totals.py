@@ -124,16 +124,33 @@ def test_a_store_that_had_calls_before_there_were_totals(url: str, clock: Any, m
     before = steps[: steps.index(migrations.create_totals)]
     monkeypatch.setattr(migrations, "_STEPS", before)
     monkeypatch.setattr(migrations, "LATEST", len(before))
-    with Store.open(url, clock=clock) as old:
-        old.open_windows([CAP])
-        calls = [reserve(old, "a", "2026-03-01", "x", "0.25") for _ in range(4)]
-        old.end_calls([Settlement(calls[0], "settled", Decimal("0.1"), Usage(10, 2))])
-        old.end_calls([Settlement(calls[1], "lost", Decimal(0))])
-        old.add_example(ExampleRecord("1", "a", {"text": "t"}, {"label": "l"}, "x", "m", 1.0))
-        monkeypatch.undo()
-        with Store.open(url, clock=clock) as new:
-            check(new, url)
-            old.end_calls([Settlement(calls[2], "settled", Decimal("0.2"), Usage(20, 4))])
-            old.add_example(ExampleRecord("2", "a", {"text": "u"}, {"label": "l"}, "x", "m", 2.0))
-            check(new, url)
-            assert sum(row.cost for row in new.spend()) == Decimal("0.55")
+    Store.open(url, clock=clock).close()
+    monkeypatch.undo()
+    old = open_database(url)
+
+    def write(*statements: str) -> None:
+        with old.write() as tx:
+            for statement in statements:
+                tx.run_text(statement)
+
+    def end(seq: int, state: str, cost: int, read: int, written: int) -> str:
+        return (
+            f"UPDATE calls SET state = '{state}', cost = {cost}, input_tokens = {read}, output_tokens = {written} "
+            f"WHERE seq = {seq} AND state = 'reserved'"
+        )
+
+    one_call = (
+        "INSERT INTO calls (task, provider, model, request_id, owner, day, worst_case, created_at) "
+        "VALUES ('a', 'x', 'm', 'r', 'me', '2026-03-01', 250000000, 1.0)"
+    )
+    example = (
+        "INSERT INTO examples (id, task, input, output, provider, model, created_at) "
+        """VALUES ('1', 'a', '{"text": "t"}', '{"label": "l"}', 'x', 'm', 1.0)"""
+    )
+    write(*[one_call] * 4, end(1, "settled", 100000000, 10, 2), end(2, "lost", 250000000, 0, 0), example)
+    with Store.open(url, clock=clock) as new:
+        check(new, url)
+        write(end(3, "settled", 200000000, 20, 4), example)
+        check(new, url)
+        assert sum(row.cost for row in new.spend()) == Decimal("0.55")
+    old.close()
