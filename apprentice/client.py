@@ -223,7 +223,7 @@ class AsyncApprentice(_Base):
 
     async def wait_until_serving(self, task: str, timeout_s: float = 60.0) -> bool:
         """As `Apprentice.wait_until_serving`."""
-        return await self._in_thread("", lambda: self.parts.router.wait_until_serving(task, timeout_s))
+        return await self._in_thread(task, lambda: self.parts.router.wait_until_serving(task, timeout_s))
 
     async def _in_thread[T](self, task: str, call: Callable[[], T]) -> T:
         """Call something that blocks, in one of the task's threads."""

@@ -12,6 +12,7 @@ raise leaves the comparison unscored.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import uuid
@@ -317,8 +318,9 @@ class Judge:
 
     def close(self) -> None:
         """Hand over everything."""
-        for task in self._locks:
-            self.flush(task)
+        with contextlib.ExitStack() as every:  # a task that cannot be written must not keep the others from it
+            for task in self._locks:
+                every.callback(self.flush, task)
 
     # ------------------------------------------------------------- from the coach
 

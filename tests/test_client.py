@@ -20,10 +20,11 @@ import httpx
 import pytest
 
 from apprentice import Apprentice, AsyncApprentice, ClientClosed, ConfigError, StoreError
+from apprentice.assembly import check_remote
 from apprentice.budget import Budget
 from apprentice.judge import Judge
 from apprentice.store import Store
-from apprentice.testing import FakeEngine, FakeVendor
+from apprentice.testing import FakeEngine, FakeVendor, Fault
 from tests.conftest import Workbench, settings, truth
 
 Bench = Callable[..., Workbench]
@@ -66,22 +67,27 @@ async def longest_gap_s(work: Any) -> float:
 # ---------------------------------------------------------------- event loops
 
 
-@pytest.mark.parametrize("slow", ["headroom", "policies", "complete_remote", "add_event", "add_counts"])
+@pytest.mark.parametrize("slow", ["headroom", "policies", "complete_remote", "add_event_unless_recent", "add_counts"])
 def test_a_slow_store_does_not_stop_the_event_loop(slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that takes two seconds delays the request that waits for it, and nothing else on the loop."""
     of = Budget if slow == "headroom" else Store
-    real = getattr(of, slow)
+    real, called = getattr(of, slow), threading.Event()
 
     def slowly(*given: Any, **named: Any) -> Any:
+        called.set()
         time.sleep(2.0)
         return real(*given, **named)
 
     async def main() -> float:
-        vendor = FakeVendor("anthropic", truth, faults=[])
-        async with open_async(tmp_path, vendor, budget={"daily": "0.000001"} if slow == "add_event" else {}) as client:
+        vendor = FakeVendor("anthropic", truth, faults=[Fault("unauthorized")])
+        async with open_async(tmp_path, vendor) as client:
+            client.parts.router._snapshot.forget()
             monkeypatch.setattr(of, slow, slowly)
-            work = asyncio.gather(client.run("mood", {"text": "a fear"}), client.health(), return_exceptions=True)
-            return await longest_gap_s(work)
+            calls = [client.run("mood", {"text": "a fear"}) for _ in range(3)]
+            gap_s = await longest_gap_s(asyncio.gather(*calls, client.health(), return_exceptions=True))
+            while not called.is_set():  # what is written in the background
+                gap_s = max(gap_s, await longest_gap_s(asyncio.sleep(0.1)))
+            return gap_s
 
     assert asyncio.run(main()) < LOOP_GAP_S
 
@@ -304,6 +310,23 @@ def test_what_was_opened_before_the_start_failed_is_closed_again(
     assert opened == closed
 
 
+def test_one_task_that_cannot_be_written_does_not_keep_the_others_from_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At close every task's observations are handed over, each for itself."""
+    at = bench(tasks=two_tasks())
+    flushed = []
+
+    def flush(task: str) -> None:
+        flushed.append(task)
+        raise StoreError(task)
+
+    monkeypatch.setattr(at.client.parts.judge, "flush", flush)
+    with pytest.raises(StoreError):
+        at.client.close()
+    assert sorted(flushed) == ["mood", "tone"]
+
+
 # ---------------------------------------------------------------- ending without it
 
 
@@ -486,6 +509,15 @@ def test_an_environment_that_cannot_be_used_is_named(
     assert caught.value.problems[0].remedy
     assert threading.active_count() == threads
     assert not list(tmp_path.glob("*.db"))
+
+
+def test_check_finds_an_environment_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`apprentice check` says what a start would say."""
+    vendor = FakeVendor("anthropic")
+    check_remote(settings(tmp_path, vendor), vendor.environ)
+    monkeypatch.setenv("NO_PROXY", "[::1]")
+    with pytest.raises(ConfigError, match="NO_PROXY"):
+        check_remote(settings(tmp_path, vendor), vendor.environ)
 
 
 @pytest.mark.parametrize("value", ["::1", "*.corp", "localhost\n", "10.0.0.0/8", "host:8080", ""])
