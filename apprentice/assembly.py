@@ -131,8 +131,7 @@ def open_judge(settings: Settings, store: Store, clock: Callable[[], float], dra
 
 def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:
     """How the switch finds a version: its row in the store, as the engine needs it."""
-    from pathlib import Path
-
+    from apprentice.local.adapter import adapter_folder
     from apprentice.local.engine import Version
 
     def lookup(task: str, name: str) -> Version:
@@ -142,7 +141,7 @@ def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:
         return Version(
             name=record.name,
             task=task,
-            adapter=Path(record.adapter) if record.adapter else None,
+            adapter=adapter_folder(settings.model_dir, task, name, record.adapter) if record.adapter else None,
             output_schema=settings.task(task).output_schema,
             remote_model=record.remote_model,
             input_schema=settings.task(task).input_schema,

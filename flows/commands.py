@@ -113,6 +113,7 @@ def _crown(task: str, name: str | None, config: Path) -> None:
         champion = shop.store.policy_row(task).champion
         if version.name == champion:
             raise TrainingError(f"{version.name} is the champion of {task!r} already")
+        shop.require_adapter(version)
         with held_lease(shop.store, task):
             crown(shop, version, reason="chosen on the command line")
         click.echo(f"{task}: {champion} -> {version.name}; routers follow within seconds")

@@ -12,6 +12,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from apprentice.local.adapter import stored_path
 from apprentice.store import Usage
 from apprentice.store.records import RunRecord, VersionRecord
 from flows.bill import reserve_training
@@ -130,7 +131,7 @@ def _register(shop: Workshop, run: RunRecord, adapter: TrainedAdapter, *, held_o
             name=adapter.name,
             task=run.task,
             status="candidate",
-            adapter=str(adapter.folder),
+            adapter=stored_path(shop.settings.model_dir, adapter.folder),
             base_model=adapter.base_model,
             trained_on=adapter.trained_on,
             held_out=held_out,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -61,6 +60,7 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
         make_champion(shop, version, seed=seeds(shop, run, validated), reason=verdict.reason)
     else:
         shop.store.set_version_status(run.task, version.name, "rejected", verdict.reason)
+        shop.engine.unload(version.name)  # nobody will ask it again; a server may be shared and is not ours to fill
         shop.judge.refuse(run.task, verdict.reason)
         if version.mlflow_version is not None:
             shop.tracking.drop_alias(run.task, CANDIDATE)
@@ -138,8 +138,9 @@ def _attempts(versions: list[VersionRecord], version: VersionRecord) -> int:
 def _write_record(
     shop: Workshop, version: VersionRecord, run: RunRecord, verdict: Verdict, record: str, card: Card
 ) -> None:
-    if version.adapter:
-        write_whole(Path(version.adapter) / "promotion.md", record)
+    folder = shop.version_folder(version)
+    if folder is not None:
+        write_whole(folder / "promotion.md", record)
     if version.mlflow_version is None:
         return
     tags: dict[str, Any] = {

@@ -145,7 +145,7 @@ def _champion_scores(
         record = shop.store.version(task, champion)
         if record is None:
             raise TrainingError(f"the store holds no version {champion!r}, the champion of {task!r}; was it deleted?")
-        adapter = Path(record.adapter) if record.adapter and not record.remote_model else None
+        adapter = shop.adapter(record)
         schema, takes = shop.task(task).output_schema, shop.task(task).input_schema
         shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
         answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)

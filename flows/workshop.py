@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 from apprentice.alerts import Alerts
 from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings, load_settings
+from apprentice.errors import TrainingError
 from apprentice.judge import Judge
+from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine
 from apprentice.store import Store
-from apprentice.store.records import RunRecord
+from apprentice.store.records import RunRecord, VersionRecord
 
 if TYPE_CHECKING:
     from flows.tracking import Tracking
@@ -97,6 +99,25 @@ class Workshop:
     def adapters(self, task: str) -> Path:
         """Where a task's adapters lie, each in a folder named by its content."""
         return self.settings.model_dir / task
+
+    def version_folder(self, version: VersionRecord) -> Path | None:
+        """Where a version's files lie on this machine; None if it has none."""
+        if not version.adapter:
+            return None
+        return adapter_folder(self.settings.model_dir, version.task, version.name, version.adapter)
+
+    def adapter(self, version: VersionRecord) -> Path | None:
+        """The folder with a version's adapter; None if its vendor serves it."""
+        return None if version.remote_model else self.version_folder(version)
+
+    def require_adapter(self, version: VersionRecord) -> None:
+        """Refuse what no router could load. Raises `TrainingError`."""
+        folder = self.adapter(version)
+        if folder is not None and not folder.is_dir():
+            raise TrainingError(
+                f"version {version.name} of {version.task!r} has no folder {folder}, so nothing could serve it; "
+                "restore it there, or choose another version"
+            )
 
     def datasets(self, task: str) -> Path:
         """Where a task's curated datasets lie."""

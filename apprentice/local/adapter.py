@@ -25,7 +25,17 @@ from apprentice.errors import VersionError
 from apprentice.local.base_model import BaseModel
 from apprentice.local.frame import Frame
 
-__all__ = ["Adapter", "LoraLayer", "base_shapes", "check_adapter", "check_files", "content_name", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "LoraLayer",
+    "adapter_folder",
+    "base_shapes",
+    "check_adapter",
+    "check_files",
+    "content_name",
+    "read_adapter",
+    "stored_path",
+]
 
 CONFIG, WEIGHTS, FRAME = "adapter_config.json", "adapter_model.safetensors", "frame.json"
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -48,6 +58,23 @@ class Adapter:
     layers: Mapping[str, LoraLayer]
     frame: Frame
     config: Mapping[str, Any]
+
+
+def adapter_folder(model_dir: Path, task: str, name: str, stored: str) -> Path:
+    """Where a version's adapter lies on this machine; whoever reads the folder finds out whether it is there.
+
+    ``stored`` is what the store remembers: a path relative to ``model_dir``, so that a home can be moved or copied, or
+    an absolute one, of another layout. A copy under this ``model_dir`` comes first. This is the place to fetch a folder
+    from elsewhere if it is on no disk of this machine.
+    """
+    here = model_dir / task / name
+    elsewhere = model_dir / stored  # an absolute path stays what it is
+    return elsewhere if stored and not here.is_dir() and elsewhere.is_dir() else here
+
+
+def stored_path(model_dir: Path, folder: Path) -> str:
+    """What the store is to remember of an adapter's folder."""
+    return str(folder.relative_to(model_dir)) if folder.is_relative_to(model_dir) else str(folder)
 
 
 def content_name(folder: Path) -> str:

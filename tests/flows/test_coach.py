@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
@@ -19,6 +21,7 @@ from prefect.settings import (
 
 from apprentice.errors import TrainingError
 from flows.coach import Busy, coach_task, due_reason, held_lease, prefect_at
+from flows.commands import rollback
 from flows.review import before, crown, follow
 from flows.tracking import CANDIDATE, CHAMPION
 from flows.workshop import Workshop
@@ -52,7 +55,7 @@ def test_a_due_run_ends_with_a_champion(home: Any, trainer: Any) -> None:
     shop = Workshop.open(home.settings)
     assert shop.tracking.aliased("mood", CHAMPION) == result.version
     assert shop.tracking.aliased("mood", CANDIDATE) is None
-    folder = Path(home.store.version("mood", result.version).adapter)
+    folder = home.settings.model_dir / home.store.version("mood", result.version).adapter
     assert "claude-sonnet-4-5 (100%)" in (folder / "promotion.md").read_text()
     probes = json.loads((folder / "probe.json").read_text())
     assert any(probe["output"] != probe["base_output"] for probe in probes)
@@ -75,7 +78,7 @@ def test_a_better_candidate_takes_over_and_a_worse_one_does_not(home: Any, train
     loser = home.store.version("mood", third.version)
     assert loser.status == "rejected"
     assert "not_worse_than_champion" in loser.reason
-    record = (Path(loser.adapter) / "promotion.md").read_text()
+    record = (home.settings.model_dir / loser.adapter / "promotion.md").read_text()
     assert "The gate refuses it for: correlation; difference from the champion, lower bound." in record
     assert record.count("**failed**") == 2
     assert home.store.version("mood", first.version).status == "retired"
@@ -237,6 +240,29 @@ def test_review_waits_for_a_person(make_home: Callable[..., Any], trainer: Any) 
     assert len(home.store.comparisons("mood", version=result.version)) == result.held_out
     assert follow(shop, "mood") is None
     shop.close()
+
+
+def test_a_candidate_that_was_refused_is_let_go(home: Any, trainer: Any) -> None:
+    """A server that several processes share keeps nothing that nobody will ask again."""
+    trainer.skills = [0.34]
+    result = _coach(home)
+    assert not result.promoted
+    assert result.version is not None
+    assert home.engine.loaded() == []
+
+
+def test_a_version_without_its_folder_is_not_promoted_by_hand(home: Any, trainer: Any) -> None:
+    """No router could load it: the message says where the folder should be, and the champion stays."""
+    trainer.skills = [0.9, 0.95]
+    first = _coach(home)
+    home.teach(40)
+    second = _coach(home)
+    assert (first.promoted, second.promoted) == (True, True)
+    shutil.rmtree(home.settings.model_dir / "mood" / first.version)
+    told = CliRunner().invoke(rollback, ["mood", "--config", str(home.config)])
+    assert isinstance(told.exception, TrainingError)
+    assert f"has no folder {home.settings.model_dir / 'mood' / first.version}" in str(told.exception)
+    assert home.store.policy_row("mood").champion == second.version
 
 
 def test_a_rollback_by_hand_or_by_alias_is_followed(home: Any, trainer: Any) -> None:

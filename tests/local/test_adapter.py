@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.errors import VersionError
-from apprentice.local.adapter import check_adapter, content_name, read_adapter
+from apprentice.local.adapter import adapter_folder, check_adapter, content_name, read_adapter, stored_path
 from apprentice.local.base_model import BaseModel
 from apprentice.local.gguf_file import read_gguf_header
 from apprentice.local.probe import read_probes
@@ -202,3 +203,23 @@ def test_arrays_nested_without_end_are_a_version_error(tmp_path: Path) -> None:
     )
     with pytest.raises(VersionError, match="nested more than"):
         read_gguf_header(path)
+
+
+def test_a_home_that_moved_finds_its_adapters(tmp_path: Path) -> None:
+    """The store remembers no path of one machine; an old row, which does, is read from where the models are now."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    folder = before / "emotion" / "v1"
+    folder.mkdir(parents=True)
+    relative = stored_path(before, folder)
+    assert relative == "emotion/v1"
+    assert adapter_folder(before, "emotion", "v1", relative) == folder
+    assert adapter_folder(before, "emotion", "v1", str(folder)) == folder
+    shutil.copytree(before, after)
+    for stored in (relative, str(folder)):  # a copied home serves from the copy, though the original is still there
+        assert adapter_folder(after, "emotion", "v1", stored) == after / "emotion" / "v1"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert stored_path(before, elsewhere) == str(elsewhere)
+    assert adapter_folder(before, "emotion", "v2", str(elsewhere)) == elsewhere
+    assert adapter_folder(before, "emotion", "v3", "") == before / "emotion" / "v3"
+    assert adapter_folder(after, "emotion", "v3", str(before / "emotion" / "v3")) == after / "emotion" / "v3"
