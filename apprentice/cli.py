@@ -93,14 +93,23 @@ config_option = click.option(
 @cli.command()
 @config_option
 def check(config: Path) -> None:
-    """Check a configuration: its keys, prices and API keys."""
-    from apprentice.assembly import check_remote
+    """Try what start-up and the first training need.
+
+    Nothing is written, and no vendor is asked. Exits with 1 if there is a problem; what could not be tried is none.
+    """
+    from apprentice.check import findings
     from apprentice.config import load_settings
 
     settings = load_settings(config)
-    check_remote(settings, os.environ)
+    problems = 0
+    for finding in findings(settings):
+        problems += finding.state == "problem"
+        click.echo(f"{finding.state:<9}  {finding.part}: {finding.detail}")
+    if problems:
+        raise ApprenticeError(f"{config}: {problems} problem{'s' if problems > 1 else ''}, see above")
     tasks = ", ".join(task.name for task in settings.tasks)
-    click.echo(f"{config} is fine: {len(settings.tasks)} tasks ({tasks}), remote {settings.remote.model}.")
+    count = f"{len(settings.tasks)} task{'s' if len(settings.tasks) > 1 else ''}"
+    click.echo(f"{config} is fine: {count} ({tasks}), remote {settings.remote.model}.")
 
 
 @cli.command()
@@ -153,7 +162,12 @@ def simulate(
 
 
 def main() -> None:
-    """The entry point: errors of ours are one clear message and exit status 1, never a traceback."""
+    """The entry point: errors of ours are one clear message and exit status 1, never a traceback.
+
+    Exit status 0: done; 1: it failed, or `check` found a problem; 2: the command line was wrong; 130: Ctrl-C.
+    """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # module:Model and module:function stand beside apprentice.yaml, more often than not
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as done:

@@ -519,7 +519,9 @@ def run_command(
         raise click.UsageError("--json and --csv exclude each other; give one of them")
     if html_path is not None and not html_path.parent.is_dir():
         raise click.BadParameter(f"the folder {html_path.parent} does not exist", param_hint="--html")
-    with Store.open(settings.store_url, clock=clock) as store:
+    from apprentice.status import open_existing
+
+    with open_existing(settings, clock=clock) as store:
         report = cost_report(store, settings, since=since, clock=clock)
     if html_path is not None:
         html_path.write_text(as_html(report), encoding="utf-8")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apprentice.check import sqlite_path
 from apprentice.config import Settings, load_settings
 from apprentice.judge import Judge
 from apprentice.phases import Phase
@@ -21,7 +22,7 @@ from apprentice.store import Store
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["run_command", "status_page", "task_statuses"]
+__all__ = ["open_existing", "run_command", "status_page", "task_statuses"]
 
 
 def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, TaskStatus]:
@@ -106,6 +107,22 @@ def _over(first: str, second: str) -> str:
     return f"{first}\n[dim]{second}[/dim]" if second else first
 
 
+def open_existing(settings: Settings, *, clock: Callable[[], float] = time.time) -> Store:
+    """The store, for a command that only looks. Where there is no file yet none is made: an empty store in memory.
+
+    A path that was mistyped would else become folders and a database, and the answer would be that nothing happened.
+    """
+    import click
+
+    path = sqlite_path(settings.store_url)
+    if path is None or path.exists():
+        return Store.open(settings.store_url, clock=clock)
+    click.echo(
+        f"There is no store at {path}: nothing was asked yet, or `store` in {settings.source} is wrong.", err=True
+    )
+    return Store.open("sqlite://", clock=clock)
+
+
 def run_command(config: Path, *, as_json: bool) -> None:
     """`apprentice status`: reads the store and nothing else, so it needs no API key and no model."""
     import click
@@ -114,7 +131,7 @@ def run_command(config: Path, *, as_json: bool) -> None:
     from apprentice.assembly import open_judge
 
     settings = load_settings(config)
-    with Store.open(settings.store_url) as store:
+    with open_existing(settings) as store:
         statuses = task_statuses(settings, store, open_judge(settings, store, time.time, random.Random()))
     if as_json:
         click.echo(json.dumps({name: _plain(status) for name, status in statuses.items()}, indent=2))

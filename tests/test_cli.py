@@ -35,7 +35,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     """The variable, and the command that sets it."""
     done = apprentice("check", "--config", ROOT / "apprentice.yaml", cwd=tmp_path, key=None)
     assert done.returncode == 1
-    assert "export ANTHROPIC_API_KEY" in done.stderr
+    assert "export ANTHROPIC_API_KEY" in done.stdout
+    assert "1 problem, see above" in done.stderr
 
 
 def test_an_unknown_key_of_the_configuration_is_named_with_its_line(tmp_path: Path) -> None:
