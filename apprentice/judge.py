@@ -24,7 +24,6 @@ from apprentice.alerts import Alerts
 from apprentice.confidence.correlation import CHANCE_DRAWS
 from apprentice.confidence.novelty import Vocabulary
 from apprentice.confidence.trust import (
-    Comparison,
     Event,
     EventKind,
     Figures,
@@ -201,8 +200,11 @@ class Judge:
         The evaluator runs first; recording and updating are one short transaction. An evaluator that fails or takes
         too long leaves the comparison recorded and counted as unscored, and raises `EvaluatorError`.
         """
-        comparison = Comparison(
+        comparison = ComparisonRecord(
             id=uuid.uuid4().hex,
+            task=task.name,
+            request_id=request_id,
+            version=local.version,
             score=None,
             parts={},
             confidence=local.confidence,
@@ -211,6 +213,7 @@ class Judge:
             probability=probability,
             sampling_rate=sampling_rate,
             served=served,
+            created_at=at,
         )
         failure: Exception | None = None
         try:
@@ -218,28 +221,28 @@ class Judge:
             comparison = replace(comparison, score=score, parts=dict(parts))
         except (EvaluatorError, TookTooLong) as error:
             failure = error
-        record = comparison_record(comparison, task=task.name, request_id=request_id, version=local.version, at=at)
         for _ in range(_TRIES):
             weighed = Weighed(comparison, None)
             if failure is None:
                 try:
-                    weighed = self._weighed(task.name, local.version, comparison)
+                    weighed = self._weighed(comparison)
                 except TookTooLong as error:
                     failure = error
             if isinstance(weighed.chance, str):
                 failure = EvaluatorError(weighed.chance)
             try:
-                self._take(task.name, local.version, weighed, record)
+                self._take(weighed, comparison)
                 break
             except Stale:  # others came first; only what depends on them is done again
                 continue
         else:
             failure = EvaluatorError(f"comparison {comparison.id} was overtaken {_TRIES} times, and stays unscored")
-            self._take(task.name, local.version, Weighed(comparison, None), record)
+            self._take(Weighed(comparison, None), comparison)
         if failure is not None:
             raise EvaluatorError(str(failure)) from failure
 
-    def _weighed(self, task: str, version: str, comparison: Comparison) -> Weighed:
+    def _weighed(self, comparison: ComparisonRecord) -> Weighed:
+        task, version = comparison.task, comparison.version
         with self._locks[task]:
             known = self._known.get((task, version))
             basis = known[1].basis() if known is not None else None
@@ -253,11 +256,11 @@ class Judge:
             task, lambda: weigh(comparison, basis, evaluate, self._draw, opening_draws=draws), times=5 if many else 1
         )
 
-    def _take(self, task: str, version: str, weighed: Weighed, record: ComparisonRecord) -> None:
+    def _take(self, weighed: Weighed, record: ComparisonRecord) -> None:
         def change(_: TaskState, trust: Trust) -> tuple[list[Event], list[ComparisonRecord]]:
             return trust.take(weighed, self._draw), [record]
 
-        self._update(task, change, version=version)
+        self._update(record.task, change, version=record.version)
 
     def _limited[T](self, task: str, ask: Callable[[], T], *, times: int = 1) -> T:
         limit = self._limits.get(task)
@@ -333,7 +336,7 @@ class Judge:
         the target is the same. The champion, its policy, the comparisons and the events change in one transaction.
         """
         settings = self._settings[task]
-        weighed = weigh_seed([_comparison(record) for record in seed], settings, self._evaluators[task], self._draw)
+        weighed = weigh_seed(seed, settings, self._evaluators[task], self._draw)
 
         def change(before: TaskState, own: TaskState) -> StateChange:
             phase = Phase(before.phase)
@@ -437,40 +440,3 @@ def _level(kind: EventKind) -> Level:
     known = kinds.EventKind.named(kind.value)
     assert known is not None  # a test holds the two lists together
     return known.level
-
-
-def comparison_record(
-    comparison: Comparison, *, task: str, request_id: str, version: str, at: float
-) -> ComparisonRecord:
-    """A comparison as the store keeps it."""
-    return ComparisonRecord(
-        id=comparison.id,
-        task=task,
-        request_id=request_id,
-        version=version,
-        score=comparison.score,
-        parts=comparison.parts,
-        confidence=comparison.confidence,
-        local=comparison.local,
-        remote=comparison.remote,
-        probability=comparison.probability,
-        sampling_rate=comparison.sampling_rate,
-        served=comparison.served,
-        seeded=comparison.seeded,
-        created_at=at,
-    )
-
-
-def _comparison(record: ComparisonRecord) -> Comparison:
-    return Comparison(
-        id=record.id,
-        score=record.score,
-        parts=record.parts,
-        confidence=record.confidence,
-        local=record.local,
-        remote=record.remote,
-        probability=record.probability,
-        sampling_rate=record.sampling_rate,
-        served=record.served,
-        seeded=record.seeded,
-    )

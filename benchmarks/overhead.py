@@ -32,11 +32,9 @@ import httpx
 
 from apprentice import Apprentice
 from apprentice.budget import Budget
-from apprentice.confidence.trust import Comparison
 from apprentice.config import Settings
-from apprentice.judge import comparison_record
 from apprentice.remote import Teacher
-from apprentice.store import ExampleRecord, Store, VersionRecord
+from apprentice.store import ComparisonRecord, ExampleRecord, Store, VersionRecord
 from apprentice.testing import FakeEngine
 from apprentice.transport import Sender
 
@@ -216,8 +214,21 @@ def trust(client: Apprentice, task: str, held_out: int = 2000) -> None:
     seed = []
     for n in range(held_out):
         output = {"category": ("billing", "shipping", "other")[n % 3], "priority": n % 3}
-        seen = Comparison(str(n), 1.0, {}, 1.0, output, output, seeded=True)
-        seed.append(comparison_record(seen, task=task, request_id=str(n), version="v1", at=time.time()))
+        seed.append(
+            ComparisonRecord(
+                id=str(n),
+                task=task,
+                request_id=str(n),
+                version="v1",
+                score=1.0,
+                parts={},
+                confidence=1.0,
+                local=output,
+                remote=output,
+                seeded=True,
+                created_at=time.time(),
+            )
+        )
     judge.promote(task, "v1", seed, reason="benchmark")
     if not client.wait_until_serving(task):
         raise RuntimeError("the engine double did not come to serve")

@@ -44,8 +44,9 @@ class Pair:
 class Evidence:
     """All that the gate looks at.
 
-    ``valid`` of ``answered`` held-out inputs got an answer within the schema. ``correlation`` and its one-sided 95 %
-    lower bound are those of the candidate on the held-out examples; ``pairs`` is None where there is no champion.
+    ``valid`` of ``answered`` held-out inputs got an answer within the schema. ``correlation`` and the
+    lower end of its two-sided 95 % interval, which chance alone exceeds one time in forty, are those of the candidate
+    on the held-out examples; ``pairs`` is None where there is no champion.
     ``active`` is whether the loaded adapter changes the base model's answers, ``reproduced`` the share of probe
     answers given again.
     """

@@ -16,7 +16,7 @@ _WORDS = {
     "schema_validity": "answers within the schema",
     "probe_active": "the adapter changes the base model's answers",
     "probe_reproduced": "probe answers given again",
-    "correlation_low": "correlation, lower 95 % bound",
+    "correlation_low": "correlation, lower end of its 95 % interval",
     "correlation": "correlation",
     "not_worse_than_champion": "difference from the champion, lower bound",
 }

@@ -24,7 +24,7 @@ from flows.steps import Answered, Trained, Validated, read_result, write_result
 from flows.trainers import read_rows
 from flows.workshop import Workshop, workshop
 
-__all__ = ["validate", "validate_run"]
+__all__ = ["figures_of", "validate", "validate_run"]
 
 _CHUNK = 32
 _PROBES = 24
@@ -85,7 +85,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             Answered(row.id, local, dict(row.output), score, dict(parts), confidence, champion_scores.get(row.id))
         )
     active, reproduced, notes = _probe(engine, trained, run.task, schema, takes, inputs, answers)
-    result = _figures(judged, evaluate, trained.version, champion, active, reproduced, rate, notes)
+    result = figures_of(judged, evaluate, trained.version, champion, active, reproduced, rate, notes)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.metrics(
         {
@@ -150,8 +150,11 @@ def _champion_scores(
         shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
         answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
         for (row_id, _, output), answer in zip(missing, answers, strict=True):
-            known[row_id] = evaluate(answer.output, output).score if isinstance(answer, LocalAnswer) else 0.0
-    return {row_id: known[row_id] for row_id in remote}
+            try:
+                known[row_id] = evaluate(answer.output, output).score if isinstance(answer, LocalAnswer) else 0.0
+            except EvaluatorError:
+                continue  # the two are compared on the others
+    return {row_id: known[row_id] for row_id in remote if row_id in known}
 
 
 def _probe(
@@ -199,7 +202,7 @@ def _probe(
     return changed > 0, reproduced, [f"{changed} of {len(probes)} probe answers differ from the base model's"]
 
 
-def _figures(
+def figures_of(
     judged: Sequence[Answered],
     evaluate: Callable[[Any, Any], Any],
     version: str,
@@ -211,12 +214,17 @@ def _figures(
 ) -> Validated:
     """Agreement and correlation, with intervals, over the answers within the schema."""
     scored = [a for a in judged if a.score is not None and a.local is not None]
-    reference = [(a.local, a.remote) for a in scored]
+    answers = [(a.local, a.remote) for a in scored] * 2
     draw = random.Random(version)
     tally = Tally()
     fields: dict[str, list[float]] = {}
-    for a in scored:
-        expected, _ = chance(a.local, a.remote, reference, evaluate, draw)
+    for i, a in enumerate(scored):
+        others = answers[i + 1 : i + len(scored)]  # every other one: what it scores against itself is not chance
+        try:
+            # With nothing to compare it with there is no chance to correct for, as if the answers never varied.
+            expected = chance(a.local, a.remote, others, evaluate, draw)[0] if others else 1.0
+        except EvaluatorError:
+            continue  # as for its score: it says nothing about the candidate
         tally.add(a.score or 0.0, expected)
         for name, part in a.parts.items():
             fields.setdefault(name, []).append(part)

@@ -15,8 +15,6 @@ import httpx
 import pytest
 
 from apprentice import Apprentice, Settings
-from apprentice.confidence.trust import Comparison
-from apprentice.judge import comparison_record
 from apprentice.local.base_model import share_processors
 from apprentice.store.records import ComparisonRecord, VersionRecord
 from apprentice.testing import FakeEngine, FakeVendor, Fault
@@ -100,16 +98,20 @@ class Workbench:
             doubtful = unsure and i % (held_out // unsure) == 0
             agreed = i % 4 < 2 if doubtful else i < right * held_out
             remote = LABELS[i % 3]
-            comparison = Comparison(
+            comparison = ComparisonRecord(
                 id=f"{name}-{i}",
+                task="mood",
+                request_id=f"{name}-{i}",
+                version=name,
                 score=float(agreed),
                 parts={},
                 confidence=(0.2 if doubtful else 0.9) - 0.001 * (i % 7),
                 local={"label": remote if agreed else LABELS[(i + 1) % 3]},
                 remote={"label": remote},
                 seeded=True,
+                created_at=0.0,
             )
-            seed.append(comparison_record(comparison, task="mood", request_id=comparison.id, version=name, at=0.0))
+            seed.append(comparison)
         return seed
 
 

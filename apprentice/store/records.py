@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
+from apprentice.confidence.trust import Comparison
 from apprentice.decision import Policy
 from apprentice.events.kinds import Level
 from apprentice.phases import Phase
@@ -56,26 +57,13 @@ class ExampleRecord:
     seq: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ComparisonRecord:
-    """One request answered by both. ``score`` is None where the evaluator failed; ``seq`` is given by the store.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRecord(Comparison):
+    """A comparison with what it belongs to. ``seq`` is given by the store."""
 
-    ``probability`` is that with which the remote was asked, ``seeded`` marks held-out comparisons of a promotion.
-    """
-
-    id: str
     task: str
     request_id: str
     version: str
-    score: float | None
-    parts: Mapping[str, float]
-    confidence: float
-    local: Mapping[str, Any]
-    remote: Mapping[str, Any]
-    probability: float
-    sampling_rate: float
-    served: bool
-    seeded: bool
     created_at: float
     seq: int = 0
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from apprentice.confidence.trust import Comparison, Event, EventKind, LocalObservation, Trust, TrustSettings
+from apprentice.confidence.trust import (
+    Comparison,
+    Event,
+    EventKind,
+    LocalObservation,
+    Stale,
+    Trust,
+    TrustSettings,
+    weigh,
+)
 from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluation, build_evaluator
 from apprentice.phases import Phase
@@ -332,6 +341,102 @@ def test_the_estimate_of_what_was_served_is_unbiased_in_full():
     bias, error, _ = measure_bias(1000, 2000)
     assert error < 0.001
     assert abs(bias) <= 4 * error
+
+
+def test_answers_that_nobody_could_have_checked_are_not_counted_as_certified():
+    """6,000 answers at an error of .30 while nothing can be checked: the figure neither sinks nor speaks for them."""
+    world = World(0.98)
+    world.promote(seed=300)
+    world.requests(1500)
+    before = world.trust.figures()
+    assert before.unverified == 0
+    world.trust.watch([LocalObservation(0.5, served=True, unverified=1.0)] * 6000)
+    after = world.trust.figures()
+    assert (after.unverified, after.accepted_agreement) == (6000, before.accepted_agreement)
+    restored = Trust.loads(world.trust.dumps(), SETTINGS).figures()
+    assert (restored.unverified, restored.accepted_agreement) == (6000, pytest.approx(before.accepted_agreement))
+
+
+def test_a_check_without_a_score_stands_for_nobody():
+    """The answers that an unscored spot check stood for leave the figure; it stays that of the others."""
+    world = World(0.98)
+    world.promote(seed=300)
+    world.requests(1500)
+    before = world.trust.accepted
+    lost = Comparison("x", None, {}, 0.9, 1, 2, probability=0.05, sampling_rate=0.05, served=True)
+    world.trust.observe(lost, same, world.draw)
+    assert world.trust.accepted == pytest.approx(before - 20)
+    assert world.trust.figures().unverified == pytest.approx(20)
+
+
+@pytest.mark.parametrize("shortfall", [4e-10, 1e-12, 2e-16, 0.0])
+def test_the_answers_that_set_a_threshold_reach_it(shortfall: float):
+    """Confidences a hair below 1 are kept digit for digit: what is certified of them is accepted."""
+    trust = Trust.fresh(SETTINGS)
+    draw = random.Random(3)
+    sure = [1.0 - shortfall * draw.random() for _ in range(600)]
+    seed = []
+    for i, g in enumerate(sure + [draw.random() * 0.9 for _ in range(400)]):
+        right = g > 0.95 and i % 20 > 0  # the others are all wrong, so that no larger slice is certified
+        seed.append(Comparison(str(i), float(right), {}, g, i % 7, i % 7 if right else (i + 1) % 7, seeded=True))
+    draw.shuffle(seed)
+    trust.promoted(seed, same, draw)
+    assert trust.phase is Phase.SERVE
+    assert trust.threshold is not None
+    trust = Trust.loads(trust.dumps(), SETTINGS)
+    accepted = sum(one.confidence >= (trust.threshold or 0.0) for one in seed) / len(seed)
+    assert accepted == pytest.approx(trust.coverage)
+    assert accepted > 0.5
+
+
+def test_a_changed_mean_time_to_a_false_alarm_reaches_a_live_guard():
+    """What the guard has gathered is kept; from the next start it alarms at what is configured then."""
+    world = World()
+    world.promote(seed=200)
+    world.requests(300)
+    text = world.trust.dumps()
+    changed = Trust.loads(text, replace(SETTINGS, arl=300, watch_arl=70))
+    assert changed.guard is not None
+    assert world.trust.guard is not None
+    assert changed.guard.detector.arl == 300
+    assert changed.guard.detector.sums == pytest.approx(world.trust.guard.detector.sums, rel=1e-5)
+    detectors = changed.watcher.detectors.values()
+    assert detectors
+    assert {d.arl for d in detectors} == {70 * len(detectors)}
+
+
+def test_what_was_weighed_for_another_state_changes_nothing():
+    """A comparison weighed before others completed the warm-up, or before it began, is refused whole."""
+    world = World()
+    world.promote()
+    world.requests(38)
+    early = [weigh(Comparison(n, 1.0, {}, 0.5, 1, 1), world.trust.basis(), same, world.draw) for n in "ab"]
+    assert not early[0].opening
+    world.trust.take(early[0], world.draw)
+    before = world.trust.dumps()
+    with pytest.raises(Stale):  # it would complete the warm-up now, and was not weighed for that
+        world.trust.take(early[1], world.draw)
+    assert world.trust.dumps() == before
+    again = weigh(early[1].comparison, world.trust.basis(), same, world.draw)
+    world.trust.take(again, world.draw)
+    assert world.trust.comparisons == 40
+    with pytest.raises(Stale):  # and now there are thresholds
+        world.trust.take(early[1], world.draw)
+
+
+def test_what_was_champion_before_goes_on_from_what_it_had_earned():
+    """Its certificate holds, its evidence counts on, and it is checked from a rate of 1 down."""
+    world = World()
+    world.promote(seed=200)
+    world.requests(600)
+    before = world.trust.figures()
+    (again,) = world.trust.resumed(before=Phase.SERVE)
+    assert again.evidence == {"resumed": before.comparisons}
+    after = world.trust.figures()
+    assert (after.phase, after.threshold, after.sampling_rate) == (Phase.SERVE, before.threshold, 1.0)
+    assert after.since_served == before.since_served
+    (_, moved) = world.trust.resumed(before=Phase.SHADOW)
+    assert (moved.evidence["before"], moved.evidence["after"]) == (2, 3)
 
 
 def test_deferred_requests_do_not_make_it_shy():

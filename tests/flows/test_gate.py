@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
+from apprentice.errors import EvaluatorError
+from apprentice.evaluators import Evaluation
 from flows.gate import ERROR_RATE, Evidence, Pair, allowed_error, decide, paired_bound
+from flows.steps import Answered
+from flows.validate import figures_of
 
 HELD_OUT, CANDIDATES = 400, 200
 GOOD = Evidence(
@@ -115,3 +120,49 @@ def test_scores_between_0_and_1_count_by_their_size() -> None:
     steady = paired_bound(_figures([0.6] * 100), margin=0.0)
     rare = paired_bound(_figures([1.0] * 20 + [0.5] * 80), margin=0.0)
     assert steady > rare
+
+
+def test_the_gate_is_given_the_lower_end_of_a_two_sided_interval() -> None:
+    """A candidate that only guesses reaches a lower end above 0 in about one case of forty, not in one of twenty."""
+    passed = 0
+    for n in range(400):
+        draw = random.Random(n)
+        judged = [
+            Answered(str(i), {"l": draw.randrange(4)}, {"l": draw.randrange(4)}, None, {}, 0.5, None)
+            for i in range(150)
+        ]
+        judged = [replace(a, score=float(a.local == a.remote)) for a in judged]
+        found = figures_of(judged, _same, str(n), None, True, 1.0, 1.0, [])
+        passed += found.correlation_low > 0.0
+    assert passed / 400 <= 0.045
+
+
+def _same(local: object, remote: object) -> Evaluation:
+    return Evaluation(float(local == remote), {})
+
+
+def test_an_example_is_no_chance_match_for_itself() -> None:
+    """Where no two examples have the same answer chance explains nothing, whatever their number."""
+    for count in (1, 2, 5, 20):
+        judged = [Answered(str(i), {"l": i}, {"l": i}, 1.0, {}, 0.5, None) for i in range(count)]
+        half = [replace(a, local={"l": -1}, score=0.0) if i % 2 else a for i, a in enumerate(judged)]
+        for answers in (judged, half):
+            found = figures_of(answers, _same, "v", None, True, 1.0, 1.0, [])
+            assert found.agreement == pytest.approx(sum(a.score or 0.0 for a in answers) / count)
+            # The wrong ones of `half` all say -1, which is nobody's answer: chance is 0 there too.
+            assert found.correlation == pytest.approx(found.agreement)
+
+
+def test_an_evaluator_that_fails_on_chance_costs_one_comparison() -> None:
+    """What it cannot compare says nothing about the candidate."""
+
+    calls = itertools.count()
+
+    def evaluate(local: object, remote: object) -> Evaluation:
+        if next(calls) == 3:
+            raise EvaluatorError("not this time")
+        return _same(local, remote)
+
+    judged = [Answered(str(i), {"l": i}, {"l": i if i else 9}, float(i > 0), {}, 0.5, None) for i in range(5)]
+    # The first one, which disagreed, is the one that is lost.
+    assert figures_of(judged, evaluate, "v", None, True, 1.0, 1.0, []).agreement == 1.0
