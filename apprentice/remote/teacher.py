@@ -316,8 +316,7 @@ class Teacher:
             if isinstance(answer, Failure):
                 if not answer.billed:
                     call.free()
-            # Who wrote something wrote more than nothing: such a vendor does not say what it bills.
-            elif answer.usage is not None and (answer.usage.output or not answer.text):
+            elif answer.usage is not None:  # else the vendor does not say what it bills
                 call.settle(price.cost(answer.usage), answer.usage)
                 self._remember_output(source, asking.task, answer.usage.output)
         return answer
