@@ -151,7 +151,7 @@ class Budget:
     ``task_caps`` maps a task to its own caps; ``clock`` gives Unix seconds, ``monotonic`` seconds for waiting;
     ``owner`` names this process in the ledger (default: as `apprentice.owner` does). A cap's marks, its exhaustion and
     bills above what was reserved are events in the store, once among all processes; the store tells its listener.
-    Making one puts its caps in force. Thread-safe; after a fork the child may go on using it.
+    Making one puts its caps in force, unless it ``looks_only``. Thread-safe; after a fork the child may go on using it.
     """
 
     def __init__(
@@ -163,6 +163,7 @@ class Budget:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         owner: str = "",
+        looks_only: bool = False,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -179,16 +180,21 @@ class Budget:
         self._typical: dict[str, Decimal] = {}
         self._above: dict[tuple[str, str], Decimal] = {}
         self._begin_anew()
-        self._store.set_caps(
-            {
-                f"{scope}|{period}": getattr(caps, period)
-                for scope, caps in {"": settings, **self._task_caps}.items()
-                for period in _PERIODS
-            },
-            clock(),
-        )
+        if not looks_only:
+            self._put_in_force(clock())
+
+    def _put_in_force(self, at: float) -> None:
+        self._store.set_caps(self._own_caps(), at)
         for call in self._store.release_unsent(self._is_over):
             logger.info("gave back %s USD that %s held for a call it never made", call.worst_case, call.owner)
+
+    def _own_caps(self) -> dict[str, Decimal | None]:
+        """The caps of this process's configuration, by ``scope|period``."""
+        return {
+            f"{scope}|{period}": getattr(caps, period)
+            for scope, caps in {"": self._settings, **self._task_caps}.items()
+            for period in _PERIODS
+        }
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
@@ -242,7 +248,7 @@ class Budget:
         if not now and 0 <= at - self._caps_read_at < _CAPS_TTL_S:
             return
         by_scope: dict[str, dict[str, Decimal]] = {}
-        for key, cap in self._store.caps().items():
+        for key, cap in {**self._own_caps(), **self._store.caps()}.items():
             scope, _, period = key.partition("|")
             if cap is not None and period in _PERIODS:
                 by_scope.setdefault(scope, {})[period] = cap

@@ -137,6 +137,29 @@ def report(config: Path, since: str | None, as_json: bool, as_csv: bool, html: P
 
 
 @cli.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def budget(config: Path, as_json: bool) -> None:
+    """Show the caps, what is spent of them, and which calls hold the rest."""
+    from apprentice.config import load_settings
+    from apprentice.reservations import run_budget
+
+    run_budget(load_settings(config), as_json=as_json)
+
+
+@cli.command()
+@click.argument("call", type=int)
+@click.option("--reason", required=True, help="Why; it is kept with the call and told as an event.")
+@config_option
+def release(call: int, reason: str, config: Path) -> None:
+    """Give back what a CALL holds that its dead process can no longer end; `apprentice budget` has its number."""
+    from apprentice.config import load_settings
+    from apprentice.reservations import run_release
+
+    run_release(load_settings(config), call, reason)
+
+
+@cli.command()
 @click.argument("scenario", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Where the picture goes (PNG).")
 @click.option("--json", "json_out", type=click.Path(dir_okay=False, path_type=Path), help="Where the figures go.")

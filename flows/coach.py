@@ -28,6 +28,7 @@ from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, Miss
 from apprentice.local.engine import Engine
 from apprentice.store import Store
 from apprentice.store.records import EventRecord, Lease, RunRecord
+from flows.bill import close_training
 from flows.curate import curate
 from flows.due import training_due
 from flows.finetune import finetune
@@ -165,6 +166,7 @@ def is_outage(error: BaseException) -> bool:
 
 def _fail(shop: Workshop, run: RunRecord, message: str) -> RunRecord:
     """Close a run for good, and alert."""
+    close_training(shop, run)
     run = shop.store.update_run(run.id, state="failed", error=message)
     evidence = {"run": run.id, "step": run.step, "attempts": run.attempts, "error": run.error}
     shop.store.add_event(EventRecord(uuid.uuid4().hex, run.task, "training_failed", "critical", evidence, shop.clock()))

@@ -13,13 +13,12 @@ from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from apprentice.local.adapter import stored_path
-from apprentice.store import Usage
 from apprentice.store.records import RunRecord, VersionRecord
-from flows.bill import reserve_training
+from flows.bill import close_training, reserve_training, settle_training
 from flows.dataset import load_dataset
 from flows.runs import advance, run_of
 from flows.steps import Trained, read_result, write_result
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, build_trainer
+from flows.trainers import Progress, TrainedAdapter, TrainingJob, TrainingNotStarted, build_trainer
 from flows.workshop import Workshop, workshop
 
 __all__ = ["finetune", "finetune_run"]
@@ -73,10 +72,13 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
             with gap_in_the_curve():
                 show(progress.fraction)
 
-    with tracked.system_metrics():
-        adapter = trainer.train(job, report)
-    if held is not None:
-        shop.budget.settle(held, adapter.cost, Usage())
+    try:
+        with tracked.system_metrics():
+            adapter = trainer.train(job, report)
+    except TrainingNotStarted:
+        close_training(shop, run, unbilled=True)
+        raise
+    settle_training(shop, held, adapter)
     trained = _register(shop, run, adapter, held_out=dataset.card.held_out, tracked=tracked)
     write_result(bench, "trained", trained)
     return trained

@@ -28,7 +28,7 @@ from apprentice.assembly import Assembly
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.trust import Figures
-from apprentice.config import RemoteSettings, Settings, TrackingSettings, load_settings, require_key
+from apprentice.config import LocalSettings, RemoteSettings, Settings, TrackingSettings, load_settings, require_key
 from apprentice.errors import ConfigError, Problem, UnknownTask
 from apprentice.local.engine import Engine
 from apprentice.phases import Phase
@@ -260,11 +260,28 @@ def _in_home(config: Path, home: Path) -> Settings:
         raise ConfigError(str(config), [problem])
     shutil.copyfile(config, copy)
     settings = load_settings(copy)
+    _refuse_bills(settings.local)
     # What the file says of other places is meant for going live: a replay stays in its folder.
     local = settings.local.model_copy(update={"model_dir": Path("models")})
     return settings.model_copy(
         update={"local": local, "store": "sqlite:///apprentice.db", "tracking": TrackingSettings()}
     )
+
+
+def _refuse_bills(local: LocalSettings) -> None:
+    """A replay has a store, and so caps, of its own: what a vendor bills for it would count under no cap of yours."""
+    paid = {
+        "local.fine_tune_backend": local.fine_tune_backend == "openai",
+        "local.backend": local.backend == "hosted",
+    }
+    remedy = "Replay with fine_tune_backend: huggingface and backend: embedded; for the real thing, go live."
+    problems = [
+        Problem(path, "has a vendor train or answer for money, outside the caps of your installation.", remedy)
+        for path, is_paid in paid.items()
+        if is_paid
+    ]
+    if problems:
+        raise ConfigError("replay", problems)
 
 
 def _play(

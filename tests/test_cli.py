@@ -13,6 +13,7 @@ from rich.console import Console
 
 from apprentice.result import TaskStatus
 from apprentice.status import status_page
+from apprentice.store import Store
 
 ROOT = Path(__file__).parents[1]
 TICKETS = ROOT / "examples" / "support_tickets" / "tickets.jsonl"
@@ -136,3 +137,34 @@ def test_replay_counts_bad_lines_and_goes_on(tmp_path: Path) -> None:
     assert (summary["requests"], summary["remote_calls"], summary["skipped_lines"]) == (2, 2, 1)
     assert summary["agreement"] == 1.0
     assert (tmp_path / "home" / "replay.png").stat().st_size > 10_000
+
+
+def test_what_a_dead_process_holds_is_listed_and_released(tmp_path: Path) -> None:
+    """Owner, age, amount and task are shown; a person gives it back with a reason, once, and that is an event."""
+    (tmp_path / "apprentice.yaml").write_bytes((ROOT / "apprentice.yaml").read_bytes())
+    code = (
+        "from decimal import Decimal as D; from apprentice.budget import Budget; from apprentice.config import *;"
+        "from apprentice.store import Store; s = load_settings('apprentice.yaml');"
+        "b = Budget(Store.open(s.store_url), s.budget);"
+        "print(b.reserve('classify_ticket', 'anthropic', 'claude', D('0.25'), 'r').id, b.owner)"
+    )
+    command = [sys.executable, "-c", code]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    died = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ, check=True)
+    number, owner = died.stdout.split()
+    shown = json.loads(apprentice("budget", "--json", cwd=tmp_path).stdout)
+    (call,) = shown["open_calls"]
+    assert (call["id"], call["owner"], call["owner_lives"], call["amount"]) == (int(number), owner, False, "0.25")
+    assert {cap["reserved"] for cap in shown["caps"]} == {"0.25"}
+    page = apprentice("budget", cwd=tmp_path).stdout
+    assert "is gone" in page
+    assert "classify_ticket" in page
+    assert apprentice("release", number, cwd=tmp_path).returncode != 0  # no reason, no release
+    released = apprentice("release", number, "--reason", "the machine is gone", cwd=tmp_path)
+    assert released.returncode == 0, released.stderr
+    assert "0.25" in released.stdout
+    assert "is open" in apprentice("release", number, "--reason", "again", cwd=tmp_path).stderr
+    assert "No call holds anything" in apprentice("budget", cwd=tmp_path).stdout
+    with Store.open(f"sqlite:///{tmp_path / 'apprentice.db'}") as store:
+        (event,) = (e for e in store.events() if e.kind == "reservation_released")
+        assert event.evidence["reason"] == "the machine is gone"

@@ -18,7 +18,16 @@ from apprentice.config import TrainingSettings
 from apprentice.errors import TrainingError
 from apprentice.schema import Schema
 
-__all__ = ["Progress", "TrainedAdapter", "Trainer", "TrainingJob", "TrainingRow", "build_trainer", "read_rows"]
+__all__ = [
+    "Progress",
+    "TrainedAdapter",
+    "Trainer",
+    "TrainingJob",
+    "TrainingNotStarted",
+    "TrainingRow",
+    "build_trainer",
+    "read_rows",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class TrainedAdapter:
     """What came out. ``name`` is the content hash of ``folder``; ``remote_model`` is set where a vendor keeps the
     weights.
 
-    ``cost`` is what a vendor bills for the training, in USD.
+    ``cost`` is what a vendor bills for the training, in USD; None where it does not say.
 
     ``recipe`` holds every choice that was made, ``toolchain`` the versions of what made them, ``left_out`` how many
     rows were longer than ``max_length``.
@@ -92,7 +101,11 @@ class TrainedAdapter:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     toolchain: Mapping[str, str] = field(default_factory=dict)
     remote_model: str | None = None
-    cost: Decimal = Decimal(0)
+    cost: Decimal | None = Decimal(0)
+
+
+class TrainingNotStarted(TrainingError):
+    """A vendor refused before anything was trained: nothing is billed."""
 
 
 class Trainer(Protocol):

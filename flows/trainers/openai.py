@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,19 +18,23 @@ from typing import Any
 
 import httpx
 
+from apprentice.config import read_key
 from apprentice.errors import ConfigError, Problem, TrainingError
 from apprentice.prompts import compact_prompt
 from apprentice.schema import Schema
+from apprentice.secrets import register, scrub
 from flows.dataset import write_whole
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, TrainingRow, read_rows
+from flows.trainers import Progress, TrainedAdapter, TrainingJob, TrainingNotStarted, TrainingRow, read_rows
 from flows.trainers.recipe import choose
 
 __all__ = ["OpenAITrainer", "chat_lines", "estimate"]
 
+_KEY = "OPENAI_API_KEY"
 _BASE_URL = "https://api.openai.com/v1"
 _LEAST_ROWS = 10  # OpenAI refuses fewer
 _ENDED = ("succeeded", "failed", "cancelled")
-_CHARACTERS_PER_TOKEN = 3.0  # on the safe side for any language that is written with letters
+_PER_TURN = 16  # tokens, at most, that the vendor writes around each turn (its role, its beginning and end)
+_MOST_TOKENS = 10**12  # that a job can have trained; a number beyond says nothing
 
 
 def chat_lines(rows: Iterable[TrainingRow], input_schema: Schema | None = None) -> Iterator[str]:
@@ -43,11 +48,18 @@ def chat_lines(rows: Iterable[TrainingRow], input_schema: Schema | None = None) 
             yield json.dumps({"messages": turns}, ensure_ascii=False)
 
 
-def estimate(rows: Iterable[TrainingRow], *, epochs: float, price_per_million: Decimal) -> Decimal:
-    """What training may cost at most, in USD, at the vendor's price for a million training tokens."""
-    characters = sum(len(line) for line in chat_lines(rows))
-    tokens = Decimal(int(characters / _CHARACTERS_PER_TOKEN * epochs) + 1)
-    return tokens * price_per_million / 1_000_000
+def estimate(
+    rows: Iterable[TrainingRow], *, epochs: float, price_per_million: Decimal, input_schema: Schema | None = None
+) -> Decimal:
+    """What training may cost at most, in USD, at the vendor's price for a million training tokens.
+
+    An upper bound in every language: a token stands for a byte of UTF-8 at least.
+    """
+    tokens = 0
+    for line in chat_lines(rows, input_schema):
+        for turn in json.loads(line)["messages"]:
+            tokens += len(turn["content"].encode("utf-8", "replace")) + _PER_TURN
+    return Decimal(math.ceil(tokens * epochs)) * price_per_million / 1_000_000
 
 
 class OpenAITrainer:
@@ -64,7 +76,8 @@ class OpenAITrainer:
         clock: Callable[[], float] = time.monotonic,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", "")
+        self._key = (api_key if api_key is not None else os.environ.get(_KEY, "")).strip()
+        register(self._key)
         self._url = (base_url or os.environ.get("OPENAI_BASE_URL") or _BASE_URL).rstrip("/")
         self._client = client or httpx.Client(timeout=60.0)
         self._poll_s, self._sleep, self._clock, self._cancelled = poll_s, sleep, clock, cancelled
@@ -72,9 +85,7 @@ class OpenAITrainer:
     def preflight(self, job: TrainingJob) -> None:
         """The key, the price and enough rows. Nothing is sent. Raises `ConfigError`, `TrainingError`."""
         _price(job)
-        if not self._key:
-            remedy = "Run: export OPENAI_API_KEY=..."
-            raise ConfigError("environment", [Problem("OPENAI_API_KEY", "is not set.", remedy)])
+        read_key(_KEY, {_KEY: self._key}, _KEY)
         rows = sum(row.repeat for row in read_rows(job.dataset))
         if rows < _LEAST_ROWS:
             raise TrainingError(f"OpenAI trains on at least {_LEAST_ROWS} rows and task {job.task!r} has {rows}")
@@ -82,13 +93,17 @@ class OpenAITrainer:
     def worst_case(self, job: TrainingJob) -> Decimal:
         """What the vendor may bill, by ``local.training.price``. Raises `ConfigError` where that is not set."""
         rows = list(read_rows(job.dataset))
-        return estimate(rows, epochs=_epochs(job, rows), price_per_million=_price(job))
+        epochs = _epochs(job, rows)
+        return estimate(rows, epochs=epochs, price_per_million=_price(job), input_schema=job.input_schema)
 
     def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
         """Send the file, start the job and wait; a job of this very dataset that exists is waited for instead."""
         started = self._clock()
         rows = list(read_rows(job.dataset))
-        found = self._find(job) or self._start(job, rows)
+        try:
+            found = self._find(job) or self._start(job, rows)
+        except TrainingError as error:  # the vendor said no; what is only lost on the way is another error
+            raise TrainingNotStarted(str(error)) from None
         while found["status"] not in _ENDED:
             if self._cancelled():
                 self._call("POST", f"/fine_tuning/jobs/{found['id']}/cancel")
@@ -102,6 +117,7 @@ class OpenAITrainer:
         done = self._progress(found, started)
         progress(done)
         model = found["fine_tuned_model"]
+        trained = _trained_tokens(found)
         name = hashlib.sha256(model.encode()).hexdigest()[:16]
         folder = job.adapters / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,13 +129,13 @@ class OpenAITrainer:
             trained_on=len(rows),
             left_out=0,
             steps=done.steps,
-            tokens=int(found.get("trained_tokens") or 0),
+            tokens=trained or 0,
             wall_s=self._clock() - started,
             loss=done.loss,
             recipe={"job": found["id"], **(found.get("hyperparameters") or {})},
             toolchain={"vendor": "openai"},
             remote_model=model,
-            cost=int(found.get("trained_tokens") or 0) * _price(job) / 1_000_000,
+            cost=None if trained is None else trained * _price(job) / 1_000_000,
         )
 
     def _find(self, job: TrainingJob) -> dict[str, Any] | None:
@@ -166,11 +182,26 @@ class OpenAITrainer:
         """One request. What may have been lost on the way is told as an outage: the run is kept and resumed."""
         headers = {"authorization": f"Bearer {self._key}"}
         response = self._client.request(method, self._url + path, headers=headers, **content)
-        if response.status_code in (408, 409, 429) or response.status_code >= 500:
-            raise httpx.TransportError(f"OpenAI answered {response.status_code} to {method} {path}")
-        if response.status_code >= 400:
-            raise TrainingError(f"OpenAI refused {method} {path} with {response.status_code}: {response.text[:500]}")
-        return dict(response.json())
+        status = response.status_code
+        said = scrub(response.text)[:500]
+        if status == 429 and "insufficient_quota" in said:  # no waiting heals it
+            raise TrainingError(f"OpenAI refused {method} {path}: the account's quota is used up ({said})")
+        if status in (408, 409, 429) or status >= 500:
+            raise httpx.TransportError(f"OpenAI answered {status} to {method} {path}")
+        if status >= 400:
+            raise TrainingError(f"OpenAI refused {method} {path} with {status}: {said}")
+        try:
+            return dict(response.json())
+        except (ValueError, TypeError, RecursionError):
+            raise httpx.TransportError(f"OpenAI answered {method} {path} with no JSON object") from None
+
+
+def _trained_tokens(found: dict[str, Any]) -> int | None:
+    """What a job says that it has trained, and will be billed; None where that is no number that could be."""
+    said = found.get("trained_tokens")
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < _MOST_TOKENS:
+        return None
+    return int(said) if said == int(said) else None
 
 
 def _epochs(job: TrainingJob, rows: Sequence[TrainingRow]) -> int:

@@ -24,6 +24,7 @@ from flows.coach import Busy, coach_task, due_reason, held_lease, prefect_at
 from flows.commands import rollback
 from flows.review import before, crown, follow
 from flows.tracking import CANDIDATE, CHAMPION
+from flows.trainers import TrainingNotStarted
 from flows.workshop import Workshop
 from tests.conftest import Webhook
 
@@ -181,6 +182,33 @@ def test_a_vendors_training_is_paid_for_once(make_home: Any, trainer: Any) -> No
     (row,) = home.store.spend()
     assert (row.state, row.calls, row.cost, row.is_answering) == ("settled", 1, Decimal("0.30"), False)
     assert row.provider == "huggingface training"
+
+
+def test_training_that_fails_for_good_counts_at_its_worst_case(make_home: Any, trainer: Any) -> None:
+    """Nobody knows what a vendor bills for it; what was refused before it began is free."""
+    home = make_home(budget={"daily": 1})
+    home.teach(60)
+    trainer.bill = Decimal("0.10")
+    trainer.failures = [TrainingError("the job failed")]
+    assert not _coach(home).promoted
+    assert [(row.state, row.cost) for row in home.store.spend()] == [("lost", Decimal("0.20"))]
+    trainer.failures = [TrainingNotStarted("no such model")]
+    assert not _coach(home).promoted
+    assert {row.state: row.cost for row in home.store.spend()} == {"lost": Decimal("0.20"), "released": 0}
+    assert home.store.held() == []
+
+
+def test_a_worker_that_dies_right_after_reserving_pays_once(make_home: Any, trainer: Any) -> None:
+    """The ledger itself knows what the run holds: a second worker finds it, however the first one died."""
+    home = make_home(budget={"daily": 1})
+    home.teach(60)
+    trainer.bill = Decimal("0.30")
+    trainer.failures = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        _coach(home)
+    assert _coach(home).promoted
+    assert [(row.state, row.calls, row.cost) for row in home.store.spend()] == [("settled", 1, Decimal("0.30"))]
+    assert home.store.held() == []
 
 
 def test_training_that_no_cap_has_room_for_is_not_begun(make_home: Any, trainer: Any) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
+from hypothesis import settings as limits
 
 from apprentice.config import TrainingSettings
 from apprentice.errors import ConfigError, TrainingError
 from apprentice.schema import parse_schema
-from flows.trainers import Progress, TrainingJob, TrainingRow
+from flows.trainers import Progress, TrainingJob, TrainingNotStarted, TrainingRow
 from flows.trainers.openai import OpenAITrainer, chat_lines, estimate
 
 
@@ -171,10 +174,56 @@ def test_preflight_names_what_is_missing(api: FineTuningApi, job: TrainingJob) -
         _trainer(api).preflight(job)
 
 
-def test_the_estimate_is_on_the_safe_side() -> None:
-    """More rows, more epochs and a higher price cost more, and a token is never taken to be too long."""
-    rows = [TrainingRow(str(i), {"text": "where is my parcel"}, {"mood": "sad"}) for i in range(100)]
-    once = estimate(rows, epochs=1, price_per_million=Decimal("3"))
-    assert estimate(rows, epochs=3, price_per_million=Decimal("3")) > Decimal("2.9") * once
-    words = sum(len(line.split()) for line in chat_lines(rows))
-    assert once > Decimal(words) * 3 / 1_000_000
+ALPHABETS = {
+    "English": "where is my parcel, and who pays for it",
+    "Japanese": "私の荷物はどこですか",
+    "Amharic": "የእኔ ጥቅል የት ነው",
+    "emoji": "\U0001f9d1\u200d\U0001f692\U0001f1e9\U0001f1ea\U0001f44d\U0001f3fd",
+    "hex": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "base64": "TG9yZW0gaXBzdW0gZG9sb3Igc2l0IGFtZXQsIGNvbnNl/+==",
+}
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+@given(data=st.data())
+@limits(max_examples=20, deadline=None)
+def test_the_estimate_is_an_upper_bound_in_every_alphabet(alphabet: str, data: Any) -> None:
+    """No tokenizer makes more tokens than bytes; bytes, and 4 tokens a turn of chat format, stay below."""
+    text = data.draw(st.text(st.sampled_from(ALPHABETS[alphabet]), min_size=1, max_size=200))
+    rows = [TrainingRow(str(i), {"text": text}, {"mood": text}, repeat=1 + i % 2) for i in range(5)]
+    bound = estimate(rows, epochs=3, price_per_million=Decimal(1_000_000))
+    turns = [turn["content"] for line in chat_lines(rows) for turn in json.loads(line)["messages"]]
+    by_bytes = 3 * sum(len(turn.encode()) + 4 for turn in turns)
+    assert bound >= by_bytes
+    assert bound <= 4 * by_bytes  # a bound that holds everything is none
+
+
+@pytest.mark.parametrize("said", [None, 0, -5, "4321", True, 10**30, 12.5])
+def test_trained_tokens_that_cannot_be_are_not_said(
+    api: FineTuningApi, job: TrainingJob, monkeypatch: pytest.MonkeyPatch, said: Any
+) -> None:
+    """A job that succeeded trained something: what says otherwise is paid at the worst case, which None asks for."""
+    real = api._poll
+    monkeypatch.setattr(api, "_poll", lambda name: {**real(name), "trained_tokens": said})
+    client = httpx.Client(transport=httpx.MockTransport(api))
+    trainer = OpenAITrainer(api_key="sk-test", client=client, sleep=lambda _: None)
+    assert trainer.train(job, lambda _: None).cost is None
+
+
+def test_a_quota_that_is_used_up_is_no_outage(api: FineTuningApi, job: TrainingJob) -> None:
+    """Trying again every half minute heals nothing: the run ends, and was not billed."""
+
+    def quota(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(429, json={"error": {"code": "insufficient_quota", "message": "You exceeded it."}})
+
+    client = httpx.Client(transport=httpx.MockTransport(quota))
+    with pytest.raises(TrainingNotStarted, match="quota is used up"):
+        OpenAITrainer(api_key="sk-test", client=client).train(job, lambda _: None)
+
+
+def test_a_key_that_cannot_be_sent_is_found_before_anything_is(job: TrainingJob) -> None:
+    """A line's end is taken off; a blank inside is no key, and no text shows it."""
+    assert OpenAITrainer(api_key="sk-test\n")._key == "sk-test"
+    with pytest.raises(ConfigError) as caught:
+        OpenAITrainer(api_key="sk-secret part").preflight(job)
+    assert "secret" not in str(caught.value)

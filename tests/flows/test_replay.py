@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
+from apprentice.errors import ConfigError
 from apprentice.store import Store
-from flows.replay import run_replay, summarise
+from flows.replay import _in_home, run_replay, summarise
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
 from flows.traffic import Recorded, read_traffic
 
@@ -30,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
 ]
 
+ROOT = Path(__file__).parents[2]
 MOODS = ("glad", "sad", "angry")
 THRESHOLDS = {"phase2_to_phase3": 0.6, "coaching_trigger": 0.4, "emergency_threshold": 0.2}
 
@@ -196,3 +199,14 @@ def test_what_is_shown_names_the_figures(replay: Callable[..., Any], tmp_path: P
     assert "trained on" in text
     assert f"{summary['remote_share']:.1%}" in text
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("local", [{"fine_tune_backend": "openai"}, {"backend": "hosted"}])
+def test_a_replay_does_not_pay_outside_the_caps(tmp_path: Path, local: dict[str, str]) -> None:
+    """Its store, and so its caps, are its own: what a vendor bills for training or answers is refused there."""
+    document = yaml.safe_load((ROOT / "apprentice.yaml").read_text())
+    document["local"] = {**document.get("local", {}), **local}
+    config = tmp_path / "paid.yaml"
+    config.write_text(yaml.safe_dump(document))
+    with pytest.raises(ConfigError, match="for money, outside the caps"):
+        _in_home(config, tmp_path / "home")
