@@ -291,6 +291,8 @@ class Teacher:
                 return answer
             failure = answer
             if not failure.again:
+                if failure.status is not None:
+                    source.breaker.succeeded()  # it is there, and says no
                 break
             if failure.throttled:
                 source.limits.pause(now + (failure.after_s or 0.0), failure.message)

@@ -654,6 +654,22 @@ def test_the_breaker_leaves_a_dead_provider_alone(school: Any) -> None:
     assert room.ask().attempts == 1
 
 
+def test_a_provider_that_refuses_is_there(school: Any) -> None:
+    """The trial after an outage may meet a request that the vendor refuses; the next one is asked at once."""
+    refused = Fault("verbatim", status=400, content='{"error": {"message": "too long"}}')
+    vendor = FakeVendor("anthropic", right)
+    room = school(vendor)
+    vendor._faults = itertools.repeat(Fault("server_error"))
+    while room.teacher.healthy():
+        with pytest.raises(RemoteUnavailable):
+            room.ask()
+    vendor._faults = iter([refused])
+    room.time.now += 61
+    with pytest.raises(RemoteRefused, match="too long"):
+        room.ask()
+    assert room.ask().attempts == 1
+
+
 def test_traffic_is_shared_by_weight(school: Any) -> None:
     """use: share spreads requests by weight, and every answer says who gave it."""
     heavy = _Weighted("anthropic", right, more={"weight": 3.0})
