@@ -404,15 +404,26 @@ class Settings(_Section):
     @property
     def store_url(self) -> str:
         """The store's URL, a relative SQLite path made absolute against the config's folder."""
-        prefix = "sqlite:///"
-        if self.store.startswith(prefix) and not self.store.startswith(prefix + "/") and ":memory:" not in self.store:
-            return prefix + str(self.root / self.store.removeprefix(prefix))
-        return self.store
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            url = make_url(self.store)
+        except ArgumentError:
+            return self.store  # whoever opens it says what is wrong with it
+        if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+            return self.store
+        return url.set(database=str(self.root / url.database)).render_as_string(hide_password=False)
 
     @property
     def tracking_uri(self) -> str:
         """MLflow's tracking URI."""
-        return self.tracking.uri or f"sqlite:///{self.root / 'mlflow.db'}"
+        if self.tracking.uri:
+            return self.tracking.uri
+        from sqlalchemy import URL
+
+        # A folder may be called a%20b or a?b; as part of a URL that has to be written otherwise.
+        return URL.create("sqlite", database=str(self.root / "mlflow.db")).render_as_string()
 
     @property
     def tracking_artifacts(self) -> str:

@@ -108,19 +108,18 @@ def _over(first: str, second: str) -> str:
 
 
 def open_existing(settings: Settings, *, clock: Callable[[], float] = time.time) -> Store:
-    """The store, for a command that only looks. Where there is no file yet none is made: an empty store in memory.
+    """The store, for a command that only looks: nothing is made or written, and one that is not there yet is empty.
 
     A path that was mistyped would else become folders and a database, and the answer would be that nothing happened.
     """
     import click
 
     path = sqlite_path(settings.store_url)
-    if path is None or path.exists():
-        return Store.open(settings.store_url, clock=clock)
-    click.echo(
-        f"There is no store at {path}: nothing was asked yet, or `store` in {settings.source} is wrong.", err=True
-    )
-    return Store.open("sqlite://", clock=clock)
+    if path is not None and not path.exists():
+        click.echo(
+            f"There is no store at {path}: nothing was asked yet, or `store` in {settings.source} is wrong.", err=True
+        )
+    return Store.open(settings.store_url, read_only=True, clock=clock)
 
 
 def run_command(config: Path, *, as_json: bool) -> None:

@@ -38,7 +38,15 @@ from apprentice.errors import MissingExtra, StoreError
 from apprentice.secrets import register_url, scrub_error
 from apprentice.store.records import EventRecord
 
-__all__ = ["Database", "PostgresDatabase", "SqliteDatabase", "Transaction", "open_database", "within"]
+__all__ = [
+    "Database",
+    "PostgresDatabase",
+    "SqliteDatabase",
+    "StoreReplaced",
+    "Transaction",
+    "open_database",
+    "within",
+]
 
 _BUSY_TIMEOUT_S = 60.0
 _LOOK_S = 0.25
@@ -68,6 +76,10 @@ def _patience_s() -> float:
 
 # PostgreSQL allows 100 connections by default, and many processes share it.
 _MOST_CONNECTIONS = 8
+
+
+class StoreReplaced(StoreError):
+    """The file of a SQLite store is no longer the one that was opened: what is written to that one is lost."""
 
 
 class Cursor(Protocol):
@@ -134,6 +146,7 @@ class Database(Protocol):
     """Short transactions on one URL. Safe to use from many threads."""
 
     url: URL
+    read_only: bool
 
     @property
     def dialect_name(self) -> str: ...
@@ -150,17 +163,20 @@ class Database(Protocol):
     def close(self) -> None: ...
 
 
-def open_database(url: str) -> Database:
-    """The database behind a URL: ``sqlite:///file.db``, ``sqlite://`` (memory) or ``postgresql://...``."""
+def open_database(url: str, *, read_only: bool = False) -> Database:
+    """The database behind a URL: ``sqlite:///file.db``, ``sqlite://`` (memory) or ``postgresql://...``.
+
+    With ``read_only`` nothing is written, no file and no folder made, and a SQLite file that does not exist is empty.
+    """
     try:
         parsed = make_url(url)
     except ArgumentError:
         raise StoreError("store: is no database URL; write sqlite:///apprentice.db or postgresql://...") from None
     match parsed.get_backend_name():
         case "sqlite":
-            return SqliteDatabase(parsed)
+            return SqliteDatabase(parsed, read_only=read_only)
         case "postgresql":
-            return PostgresDatabase(parsed)
+            return PostgresDatabase(parsed, read_only=read_only)
         case other:
             raise StoreError(f"store: {other!r} is not supported; write sqlite:///apprentice.db or postgresql://...")
 
@@ -170,22 +186,29 @@ class SqliteDatabase:
 
     dialect_name = "sqlite"
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, read_only: bool = False) -> None:
         from sqlalchemy.dialects.sqlite import pysqlite
 
         self.url = url
         self._path = url.database or ":memory:"
-        self._in_memory = self._path == ":memory:"
+        # There is nothing to be read of a file that is not there.
+        self._in_memory = self._path == ":memory:" or (read_only and not Path(self._path).exists())
+        self.read_only = read_only and not self._in_memory
+        self._mode = "mode=ro"
+        self._file: tuple[int, int] | None = None
         self._compiler = _Compiler(pysqlite.dialect(paramstyle="named"))
         self._closed = False
         self._begin_anew()
-        if not self._in_memory:
+        if not self._in_memory and not read_only:
             try:
                 Path(self._path).parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"store {self._path}: its folder cannot be made ({error.strerror})") from None
         with self.read():
             pass  # a path that cannot be opened is reported now
+        if not self._in_memory:
+            found = os.stat(self._path)
+            self._file = found.st_dev, found.st_ino
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
@@ -202,10 +225,23 @@ class SqliteDatabase:
             # After a fork: SQLite's connections and held locks must not cross it, nor be closed on this side of it.
             self._inherited = (self._write_connection, self._readers)
             self._begin_anew()
+        if self._file is not None:
+            try:
+                now = os.stat(self._path)
+            except OSError:
+                now = None
+            if now is None or self._file != (now.st_dev, now.st_ino):
+                what = "was deleted" if now is None else "is another file than the one that was opened"
+                raise StoreReplaced(
+                    f"store {self._path}: {what} while it was in use; put the right file there and restart every "
+                    "process, or caps and examples would be kept in two places"
+                )
 
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[Transaction]:
         self._check_alive()
+        if self.read_only:
+            raise StoreError(f"store {self._path}: was opened to be read only")
         with self._turn_to_write():
             try:
                 connection = self._writer(durable)
@@ -241,9 +277,7 @@ class SqliteDatabase:
                     raise self._explained(error) from error
             return
         try:
-            connection = self._readers.pop() if self._readers else self._connect("NORMAL")
-        except IndexError:  # another thread took the last one
-            connection = self._connect("NORMAL")
+            connection = self._reader()
         except sqlite3.Error as error:
             raise self._explained(error) from error
         try:
@@ -272,6 +306,28 @@ class SqliteDatabase:
                 if not busy or time.monotonic() >= ends:
                     raise
 
+    def _reader(self) -> sqlite3.Connection:
+        try:
+            return self._readers.pop()
+        except IndexError:
+            pass
+        if not self.read_only:
+            return self._connect("NORMAL")
+        connection = self._connect_read_only()
+        try:
+            connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        except sqlite3.OperationalError:
+            # A log is needed beside the file, and this folder cannot have one: then nobody is writing, and nothing
+            # will change.
+            connection.close()
+            self._mode = "immutable=1"
+            connection = self._connect_read_only()
+        return connection
+
+    def _connect_read_only(self) -> sqlite3.Connection:
+        uri = f"{Path(self._path).absolute().as_uri()}?{self._mode}"
+        return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
     def _writer(self, durable: bool) -> sqlite3.Connection:
         """The one connection that writes. Two, one for each level, would empty each other's page caches in turn."""
         if self._write_connection is None:
@@ -285,7 +341,7 @@ class SqliteDatabase:
 
     def _connect(self, synchronous: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self._path,
+            ":memory:" if self._in_memory else self._path,
             timeout=_BUSY_TIMEOUT_S,
             isolation_level=None,
             check_same_thread=False,
@@ -339,7 +395,7 @@ class PostgresDatabase:
 
     dialect_name = "postgresql"
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, read_only: bool = False) -> None:
         try:
             import psycopg
         except ImportError:
@@ -347,6 +403,7 @@ class PostgresDatabase:
         from sqlalchemy.dialects.postgresql import psycopg as core
 
         self._psycopg = psycopg
+        self.read_only = read_only
         register_url(url.render_as_string(hide_password=False))
         self.url = url.set(drivername="postgresql+psycopg")
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -358,6 +415,8 @@ class PostgresDatabase:
 
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[Transaction]:
+        if self.read_only:
+            raise StoreError(f"store {self.url.render_as_string(hide_password=True)}: was opened to be read only")
         connection = self._begin("BEGIN" if durable else "BEGIN; SET LOCAL synchronous_commit = off")
         try:
             yield Transaction(connection, self._compiler, "postgresql")

@@ -345,6 +345,8 @@ def migrate(database: Database) -> None:
     """Bring the store to the latest shape. Raises `StoreError` where a newer Apprentice wrote it."""
     if _is_current(database):
         return  # the usual case, without loading Alembic
+    if database.read_only:
+        raise StoreError("the store was written by an older Apprentice; open it once with write access to migrate it")
     with _operations(database) as op:
         connection = op.get_bind()
         connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")

@@ -78,15 +78,30 @@ _forget = delete(version_states).where(
 )
 
 
+_NEW: dict[str, Any] = {
+    "champion": None,
+    "training_due": None,
+    "phase": int(Phase.COLLECT),
+    "threshold": None,
+    "sampling_rate": 1.0,
+    "revision": 0,
+    "updated_at": 0.0,
+    "trust": "",
+}
+
+
 def ensure(tx: Transaction, names: Iterable[str], at: float) -> None:
     for name in sorted(names):
-        row: dict[str, Any] = {"task": name, "phase": 1, "champion": None, "threshold": None, "sampling_rate": 1.0}
-        tx.run(_ensure, {**row, "trust": "", "revision": 0, "training_due": None, "updated_at": at})
+        tx.run(_ensure, {**_NEW, "task": name, "updated_at": at})
 
 
-def state(tx: Transaction, task: str, version: str | None = None, *, lock: bool = False) -> TaskState:
-    """A version's state, the champion's where none is named."""
-    row = tx.run(_task_locked if lock else _task, {"b_task": task}).fetchone()
+def state(
+    tx: Transaction, task: str, version: str | None = None, *, lock: bool = False, lent: bool = False
+) -> TaskState:
+    """A version's state, the champion's where none is named. With ``lent`` a task that is not there is a new one."""
+    row: Any = tx.run(_task_locked if lock else _task, {"b_task": task}).fetchone()
+    if row is None and lent:
+        row = [_NEW[name] for name in ("champion", "training_due", *_numbers)]
     if row is None:
         raise StoreError(f"the store holds no task {task!r}; call ensure_tasks with every configured name first")
     champion, training_due, *copied = row

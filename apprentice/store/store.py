@@ -15,8 +15,9 @@ from decimal import Decimal
 from typing import Any
 
 from apprentice.errors import StoreError
+from apprentice.events.kinds import EventKind
 from apprentice.store import comparisons, counts, events, examples, holds, ledger, runs, states, totals, versions
-from apprentice.store.database import Database, Transaction, open_database
+from apprentice.store.database import Database, StoreReplaced, Transaction, open_database
 from apprentice.store.migrations import migrate
 from apprentice.store.records import (
     CapWindow,
@@ -54,14 +55,18 @@ class Store:
         self._database = database
         self._clock = clock
         self._listener: Callable[[EventRecord], None] | None = None
+        self._told_replaced = False
+        self._lent: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, url: str, *, clock: Callable[[], float] = time.time) -> Store:
+    def open(cls, url: str, *, read_only: bool = False, clock: Callable[[], float] = time.time) -> Store:
         """Open, and create or migrate, the store at a URL.
 
-        ``clock`` gives Unix seconds. Raises `StoreError` where it cannot be reached or a newer Apprentice wrote it.
+        With ``read_only`` nothing is created, migrated or written; a SQLite file that does not exist is an empty store.
+        ``clock`` gives Unix seconds. Raises `StoreError` where it cannot be reached, a newer Apprentice wrote it, or
+        (read only) an older one did.
         """
-        database = open_database(url)
+        database = open_database(url, read_only=read_only)
         try:
             migrate(database)
         except BaseException:
@@ -85,28 +90,49 @@ class Store:
     @contextmanager
     def _write(self, *, durable: bool = False) -> Iterator[Transaction]:
         """A transaction that writes; the events it adds are told when they are committed, never before or without."""
-        with self._database.write(durable=durable) as tx:
+        with self._noticed(), self._database.write(durable=durable) as tx:
             yield tx
         if self._listener is not None:
             for event in tx.events:
                 self._listener(event)
 
+    @contextmanager
+    def _read(self) -> Iterator[Transaction]:
+        with self._noticed(), self._database.read() as tx:
+            yield tx
+
+    @contextmanager
+    def _noticed(self) -> Iterator[None]:
+        """Tell once, to the listener alone, that the file is gone: no store is left that could keep the event."""
+        try:
+            yield
+        except StoreReplaced as error:
+            if self._listener is not None and not self._told_replaced:
+                self._told_replaced = True
+                kind = EventKind.STORE_REPLACED
+                evidence = {"cause": str(error)}
+                self._listener(EventRecord(uuid.uuid4().hex, None, kind, kind.level, evidence, self._clock()))
+            raise
+
     # state
 
     def ensure_tasks(self, names: Iterable[str]) -> None:
-        """Make sure that these tasks have a state; a new one is in phase 1."""
+        """Make sure that these tasks have a state; a new one is in phase 1. A read-only store only lends them one."""
+        if self._database.read_only:
+            self._lent = frozenset(names)
+            return
         with self._write() as tx:
             states.ensure(tx, names, self._clock())
 
     def policies(self) -> dict[str, TaskPolicy]:
         """Every task's champion and the policies of its versions, in one cheap query."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return states.policies(tx)
 
     def policy_row(self, task: str, version: str | None = None) -> TaskState:
         """All that is known of where a version of a task stands, its champion where none is named."""
-        with self._database.read() as tx:
-            return states.state(tx, task, version)
+        with self._read() as tx:
+            return states.state(tx, task, version, lent=task in self._lent)
 
     def update_state(
         self, task: str, change: Callable[[TaskState], StateChange], *, version: str | None = None
@@ -163,7 +189,7 @@ class Store:
         """
         cursor = after or 0
         while True:
-            with self._database.read() as tx:
+            with self._read() as tx:
                 page = examples.page(tx, task, cursor, limit)
             yield from page
             if len(page) < limit:
@@ -172,24 +198,24 @@ class Store:
 
     def count_examples(self, task: str, *, after: int | None = None) -> int:
         """How many examples a task has, after a cursor."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return examples.count(tx, task, after or 0)
 
     def newest_inputs(self, task: str, limit: int) -> list[str]:
         """The inputs of the newest examples as JSON text, the newest first."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return examples.newest_inputs(tx, task, limit)
 
     # comparisons
 
     def comparisons(self, task: str, *, version: str | None = None, limit: int = 1000) -> list[ComparisonRecord]:
         """The newest comparisons first."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return comparisons.newest(tx, task, version, limit)
 
     def recent_disagreements(self, task: str, limit: int) -> list[str]:
         """The request ids of the newest comparisons that scored below 1, the newest first."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return comparisons.recent_disagreements(tx, task, limit)
 
     def overbought(self, task: str, request_ids: Container[str]) -> dict[str, tuple[float, float]]:
@@ -197,7 +223,7 @@ class Store:
 
         request id -> (the sampling rate at that moment, the probability with which it was bought).
         """
-        with self._database.read() as tx:
+        with self._read() as tx:
             return comparisons.overbought(tx, task, request_ids)
 
     # counts
@@ -209,7 +235,7 @@ class Store:
 
     def counts(self, task: str | None = None, since: str | None = None) -> list[Count]:
         """The counters of a task, or all, from a day ("2026-03-01") on."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return counts.counted(tx, task, since)
 
     # versions
@@ -226,12 +252,12 @@ class Store:
 
     def versions(self, task: str) -> list[VersionRecord]:
         """A task's versions, the oldest first."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return versions.of_task(tx, task)
 
     def version(self, task: str, name: str) -> VersionRecord | None:
         """One version, or None."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return versions.one(tx, task, name)
 
     def promote(
@@ -279,12 +305,12 @@ class Store:
 
     def runs(self, task: str) -> list[RunRecord]:
         """A task's runs, the oldest first."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return runs.of_task(tx, task)
 
     def open_run(self, task: str) -> RunRecord | None:
         """The task's unfinished run."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return runs.open_run(tx, task)
 
     def acquire_lease(self, name: str, owner: str, ttl_s: float) -> Lease | None:
@@ -319,7 +345,7 @@ class Store:
 
     def abandoned_versions(self, server: str) -> list[str]:
         """What was loaded into a server by owners that have all died."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return holds.abandoned(tx, server, self._clock())
 
     # events
@@ -350,17 +376,17 @@ class Store:
 
     def events(self, task: str | None = None, since_seq: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Events of a task, or all, after a ``seq``, the oldest first."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return events.after(tx, task, since_seq, limit)
 
     def latest_event(self, task: str, kind: str) -> EventRecord | None:
         """A task's newest event of a kind."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return events.latest(tx, task, kind, "")
 
     def latest_alert(self, task: str) -> EventRecord | None:
         """A task's newest event that is more than information."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return events.latest(tx, task, "", "info")
 
     # ledger
@@ -454,7 +480,7 @@ class Store:
 
     def window_states(self, keys: Sequence[str]) -> dict[str, WindowState]:
         """What is spent and held in these windows; one that does not exist holds nothing and is left out."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return ledger.window_states(tx, keys)
 
     # totals
@@ -464,17 +490,17 @@ class Store:
 
         Spent is what is settled and what is lost. What calls in flight hold is not in it: see `held`.
         """
-        with self._database.read() as tx:
+        with self._read() as tx:
             return totals.spend(tx, since)
 
     def held(self) -> list[Held]:
         """What calls hold that have not ended, by task: in flight, or left by a process that died."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return totals.held(tx)
 
     def example_totals(self, task: str) -> ExampleTotals:
         """How many examples a task has and ever got; costs the same however many there are."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return totals.examples_of(tx, task)
 
 
