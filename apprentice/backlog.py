@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from apprentice import secrets
 from apprentice.alerts import Alerts
 from apprentice.events.kinds import EventKind
 
@@ -17,7 +17,7 @@ __all__ = ["Backlog"]
 MOST = 1000
 """How many records are kept. One is an input and its answer."""
 
-_log = logging.getLogger("apprentice")
+_log = secrets.logger("apprentice")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ memory is written, and everything released, when it is collected or when the pro
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from apprentice import secrets
 from apprentice.config import Settings, load_settings
 from apprentice.errors import ClientClosed
 from apprentice.result import Result, TaskStatus
@@ -40,7 +40,7 @@ __all__ = ["Apprentice", "AsyncApprentice"]
 THREADS_PER_TASK = 64
 """How many requests of a task an `AsyncApprentice` has under way at once; further ones wait for these."""
 
-_log = logging.getLogger("apprentice")
+_log = secrets.logger("apprentice")
 
 
 class _Base:

@@ -34,7 +34,7 @@ from pydantic import (
 from apprentice.errors import ConfigError, Problem
 from apprentice.json_values import InvalidValue
 from apprentice.schema import Schema, parse_schema
-from apprentice.secrets import register, register_url, scrub
+from apprentice.secrets import register, register_environment, register_url, scrub
 from apprentice.yaml_file import line_of, read_yaml
 
 __all__ = [
@@ -381,6 +381,8 @@ class Settings(_Section):
             register_url(url)
         for provider in self.remote.providers:
             register_url(provider.base_url)
+            register(os.environ.get(provider.api_key_env))
+        register_environment(os.environ)
         return self
 
     def task(self, name: str) -> TaskSettings:

@@ -8,7 +8,6 @@ asks the local model.
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from apprentice import secrets
 from apprentice.alerts import Alerts
 from apprentice.backlog import Backlog
 from apprentice.budget import Account, Budget
@@ -62,7 +62,7 @@ _STORE_PATIENCE_S = 5.0  # for a policy
 _LEAST_S = 0.5  # that the store is given for what follows an answer, though the deadline is there
 _OVERTIME_S = 1.0  # by which a local answer may miss its deadline: engines notice theirs a little late
 
-_log = logging.getLogger("apprentice")
+_log = secrets.logger("apprentice")
 
 # What the counters say of an answer, by the reason of its plan: of one that the local model gave,
 _LOCAL_OUTCOMES = {

@@ -19,10 +19,12 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 __all__ = [
     "HIDDEN",
+    "HUB_TOKENS",
     "Secrets",
     "child_environment",
     "logger",
     "register",
+    "register_environment",
     "register_url",
     "scrub",
     "scrub_error",
@@ -33,6 +35,7 @@ __all__ = [
 HIDDEN = "***"
 
 _SHORTEST = 4  # a password of three letters would blank out words
+_SHORTEST_VARIABLE = 8  # SOME_TOKEN=true
 _LONG = 12  # so long a text is no word; a shorter one is replaced where it stands by itself
 # What servers without authentication are given as a key, because the client insists on one.
 _PLACEHOLDERS = frozenset({"none", "null", "empty", "dummy", "unused", "ollama", "vllm"})
@@ -72,6 +75,12 @@ class Secrets:
         for secret in _secrets_of(url or "", whole=whole):
             self.register(secret)
 
+    def register_environment(self, environ: Mapping[str, str]) -> None:
+        """Hide the values of all variables that are named like a secret (``..._API_KEY``, ``..._TOKEN``, ...)."""
+        for name, value in environ.items():
+            if _SECRET_VARIABLE.search(name) and len(value.strip()) >= _SHORTEST_VARIABLE:
+                self.register(value)
+
     def scrub(self, text: str) -> str:
         """``text`` with every secret replaced by `HIDDEN`."""
         if self._pattern is not None:
@@ -90,6 +99,11 @@ def register(value: str | None) -> None:
 def register_url(url: str | None, *, whole: bool = False) -> None:
     """Hide what is secret in a URL; see `Secrets.register_url`."""
     _process.register_url(url, whole=whole)
+
+
+def register_environment(environ: Mapping[str, str]) -> None:
+    """Hide what is secret in an environment; see `Secrets.register_environment`."""
+    _process.register_environment(environ)
 
 
 def scrub(text: str) -> str:
@@ -124,6 +138,10 @@ def scrub_error[E: BaseException](error: E) -> E:
                 setattr(seen, name, _scrub_argument(text))
         seen = seen.__cause__ or seen.__context__
     return error
+
+
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""What a process that trains may need: base models may be gated."""
 
 
 def child_environment(environ: Mapping[str, str], *, keep: Collection[str] = ()) -> dict[str, str]:

@@ -7,11 +7,11 @@ it is counted here, and the counts reach the store at most `FLUSH_S` after the f
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 
+from apprentice import secrets
 from apprentice.store import Store
 from apprentice.store.records import Count
 
@@ -20,7 +20,7 @@ __all__ = ["FLUSH_S", "Tally"]
 FLUSH_S = 1.0
 _LONGEST_PAUSE_S = 16.0
 
-_log = logging.getLogger("apprentice")
+_log = secrets.logger("apprentice")
 
 
 class Tally:

@@ -23,6 +23,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from apprentice import secrets
 from apprentice.config import Settings
 from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, MissingExtra, TrainingError
 from apprentice.local.engine import Engine
@@ -41,7 +42,7 @@ __all__ = ["Busy", "CoachResult", "coach", "coach_task", "due_reason", "held_lea
 
 LEASE_S = 60.0
 MOST_ATTEMPTS = 3
-_log = logging.getLogger("apprentice.coach")
+_log = secrets.logger("apprentice.coach")
 # What trying again cannot help.
 _FINAL = (TrainingError, ConfigError, MissingExtra, BudgetExceeded)
 

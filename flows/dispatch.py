@@ -6,10 +6,10 @@ minute, and the next to look resumes the run. Escalations go first.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
+from apprentice import secrets
 from apprentice.config import Settings
 from apprentice.errors import ApprenticeError
 from apprentice.local.engine import Engine
@@ -20,7 +20,7 @@ from flows.workshop import Workshop
 __all__ = ["POLL_S", "due_tasks", "follow_registry", "watch"]
 
 POLL_S = 2.0
-_log = logging.getLogger("apprentice.coach")
+_log = secrets.logger("apprentice.coach")
 
 
 def watch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from apprentice import secrets
 from apprentice.local.adapter import stored_path
 from apprentice.store.records import RunRecord, VersionRecord
 from flows.bill import close_training, reserve_training, settle_training
@@ -23,7 +23,7 @@ from flows.workshop import Workshop, workshop
 
 __all__ = ["finetune", "finetune_run"]
 
-_log = logging.getLogger("apprentice.coach")
+_log = secrets.logger("apprentice.coach")
 
 
 @flow(name="finetune", log_prints=False)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from apprentice import secrets
 from apprentice.config import Settings
 from apprentice.errors import MissingExtra
 
@@ -30,7 +31,7 @@ __all__ = ["CANDIDATE", "CHAMPION", "TrackedRun", "Tracking", "model_name"]
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 _RUN_TAG, _VERSION_TAG, _AGREED_TAG = "apprentice.run", "apprentice.version", "apprentice.champion"
-_log = logging.getLogger(__name__)
+_log = secrets.logger(__name__)
 
 
 def model_name(task: str) -> str:

@@ -5,7 +5,6 @@ Every answer that is no output has one shape: `{"error": {"type", "message"}}`.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,12 +25,13 @@ from apprentice import (
     RemoteError,
     Unavailable,
     UnknownTask,
+    secrets,
 )
 from apprentice.json_values import InvalidValue, NotJson, read_json
 
 __all__ = ["create_app"]
 
-_log = logging.getLogger("apprentice")
+_log = secrets.logger("apprentice")
 
 
 def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:

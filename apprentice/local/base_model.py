@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 import os
 import shutil
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from apprentice import secrets
 from apprentice.errors import ConfigError, MissingExtra, Problem, VersionError
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_log = logging.getLogger(__name__)
+_log = secrets.logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ touches the model: a version is loaded, attached and let go between two passes, 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apprentice import secrets
 from apprentice.errors import ApprenticeError, EngineUnavailable, OutputError, Problem, VersionError
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddedEngine"]
 
-_log = logging.getLogger(__name__)
+_log = secrets.logger(__name__)
 _PASS_TOKENS = 384
 """New tokens in one pass, at most (a longer prompt goes alone): more make a pass longer, not more efficient."""
 _PATIENT_TOKENS = 96

@@ -13,20 +13,20 @@ engine that hangs holds up these, and no thread more.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from apprentice import secrets
 from apprentice.errors import EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import check_parity, read_probes
 
 __all__ = ["Alert", "Switch"]
 
-_log = logging.getLogger(__name__)
+_log = secrets.logger(__name__)
 _FAILURES_TO_OPEN = 4
 _MOST_IN_FLIGHT = 64
 _PARTING_S = 10.0

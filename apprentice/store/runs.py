@@ -9,6 +9,7 @@ from sqlalchemy import and_, bindparam, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.errors import StoreError
+from apprentice.secrets import scrub
 from apprentice.store.database import Transaction
 from apprentice.store.records import Lease, RunRecord
 from apprentice.store.tables import leases, runs
@@ -41,6 +42,7 @@ def update_run(tx: Transaction, run_id: str, at: float, changes: dict[str, Any])
     if row is None:
         raise StoreError(f"the store holds no training run {run_id!r}")
     run = replace(RunRecord(*row), **changes)
+    run = replace(run, error=scrub(run.error))  # vendors and servers quote what they were sent
     if run.state != "running" and run.finished_at is None:
         run = replace(run, finished_at=at)
     tx.run(_update, {"b_id": run.id, **{f"b_{name}": getattr(run, name) for name in _changing}})

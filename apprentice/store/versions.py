@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.errors import StoreError
+from apprentice.secrets import scrub
 from apprentice.store import states
 from apprentice.store.database import Transaction
 from apprentice.store.examples import dumps
@@ -72,7 +73,7 @@ def one(tx: Transaction, task: str, name: str) -> VersionRecord | None:
 
 
 def set_status(tx: Transaction, task: str, name: str, status: VersionStatus, reason: str) -> None:
-    values = {"b_task": task, "b_name": name, "b_status": status, "b_reason": reason}
+    values = {"b_task": task, "b_name": name, "b_status": status, "b_reason": scrub(reason)}
     if tx.run(_set_status, values).rowcount != 1:
         raise StoreError(f"task {task!r} has no version {name!r} in the store")
 
