@@ -22,6 +22,7 @@ from apprentice.errors import MissingExtra, TrainingError
 from apprentice.local.base_model import load_tokenizer, resolve_base_model
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
+from apprentice.secrets import HUB_TOKENS, child_environment
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.labelled import write_labelled
 from flows.trainers.peft import adopt, toolchain
@@ -104,6 +105,7 @@ class AxolotlTrainer:
         progress(Progress(0, steps, None, 0, 0.0))
         done = subprocess.run(
             [*self._command, "train", str(config)],
+            env=child_environment(os.environ, keep=HUB_TOKENS),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

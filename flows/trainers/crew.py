@@ -8,6 +8,7 @@ have computed, up to rounding: the batch, its order and its loss stay the same.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from apprentice.config import TrainingSettings
 from apprentice.errors import TrainingError
 from apprentice.schema import schema_of_document
+from apprentice.secrets import HUB_TOKENS, child_environment
 from flows.trainers import Progress, TrainedAdapter, TrainingJob
 
 __all__ = ["Alone", "Crew", "Together", "read_job", "report", "train_together"]
@@ -100,7 +102,13 @@ def train_together(
     command = [sys.executable, "-m", *launch, "-m", "flows.trainers.worker", str(order)]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as last_words,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=last_words, text=True) as process,
+        subprocess.Popen(
+            command,
+            env=child_environment(os.environ, keep=HUB_TOKENS),
+            stdout=subprocess.PIPE,
+            stderr=last_words,
+            text=True,
+        ) as process,
     ):
         try:
             trained = _follow(process, progress)
