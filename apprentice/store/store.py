@@ -439,7 +439,7 @@ class Store:
 
     def caps(self) -> dict[str, Decimal | None]:
         """The caps in force, by ``scope|period``."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return ledger.caps_in_force(tx)
 
     def end_calls(self, settlements: Sequence[Settlement]) -> list[list[WindowState] | None]:
@@ -449,12 +449,12 @@ class Store:
 
     def open_calls(self) -> list[Reservation]:
         """Every call that is held and has not ended, the oldest first: those in flight, and those of the dead."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return ledger.open_calls(tx)
 
     def find_calls(self, request_id: str, provider: str) -> list[tuple[Reservation, str]]:
         """The calls of one request to a provider, each with its state. Slow on a long ledger: for rare questions."""
-        with self._database.read() as tx:
+        with self._read() as tx:
             return ledger.find_calls(tx, request_id, provider)
 
     def release_by_hand(self, number: int, reason: str, event: Callable[[Reservation], EventRecord]) -> EventRecord:
