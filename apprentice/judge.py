@@ -13,6 +13,7 @@ raise leaves the comparison unscored.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import threading
 import uuid
@@ -45,6 +46,7 @@ from apprentice.phases import Phase
 from apprentice.sampling import tabulate
 from apprentice.schema import Schema
 from apprentice.store import Store
+from apprentice.store.database import within
 from apprentice.store.records import ComparisonRecord, EventRecord, StateChange, TaskState
 from apprentice.time_limit import TimeLimit, TookTooLong
 
@@ -52,6 +54,8 @@ __all__ = ["Judge", "evaluator_of", "trust_settings"]
 
 # Observations of local answers are handed to the second watch in batches: one transaction for this many.
 _WATCH_BATCH = 64
+# So many are kept while the store cannot be written.
+_MOST_OBSERVED = 10_000
 # Inputs that say which words are familiar: the newest ones, when a version comes to serve, and at least some.
 _FAMILIAR = 2000
 _FEWEST_FAMILIAR = 100
@@ -194,11 +198,13 @@ class Judge:
         sampling_rate: float,
         served: bool,
         at: float,
+        store_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """Score one request that both answered, record it, and update the trust in the version that answered.
 
         The evaluator runs first; recording and updating are one short transaction. An evaluator that fails or takes
-        too long leaves the comparison recorded and counted as unscored, and raises `EvaluatorError`.
+        too long leaves the comparison recorded and counted as unscored, and raises `EvaluatorError`. ``store_s`` says
+        how long the store may take, and is asked when the evaluator is done: what that took is not the store's.
         """
         comparison = ComparisonRecord(
             id=uuid.uuid4().hex,
@@ -225,29 +231,30 @@ class Judge:
             weighed = Weighed(comparison, None)
             if failure is None:
                 try:
-                    weighed = self._weighed(comparison)
+                    weighed = self._weighed(comparison, store_s)
                 except TookTooLong as error:
                     failure = error
             if isinstance(weighed.chance, str):
                 failure = EvaluatorError(weighed.chance)
             try:
-                self._take(weighed, comparison)
+                self._take(weighed, comparison, store_s)
                 break
             except Stale:  # others came first; only what depends on them is done again
                 continue
         else:
             failure = EvaluatorError(f"comparison {comparison.id} was overtaken {_TRIES} times, and stays unscored")
-            self._take(Weighed(comparison, None), comparison)
+            self._take(Weighed(comparison, None), comparison, store_s)
         if failure is not None:
             raise EvaluatorError(str(failure)) from failure
 
-    def _weighed(self, comparison: ComparisonRecord) -> Weighed:
+    def _weighed(self, comparison: ComparisonRecord, store_s: Callable[[], float]) -> Weighed:
         task, version = comparison.task, comparison.version
         with self._locks[task]:
             known = self._known.get((task, version))
             basis = known[1].basis() if known is not None else None
         if basis is None:
-            basis = self._loaded(self._store.policy_row(task, version)).basis()
+            with within(store_s()):
+                basis = self._loaded(self._store.policy_row(task, version)).basis()
         # Where it completes the warm-up, all that waited are weighed with it; a slow evaluator is asked less of each.
         many = basis.waiting is not None and len(basis.waiting) + 1 >= basis.enough
         draws = 1 if many and task in self._limits else CHANCE_DRAWS
@@ -256,11 +263,12 @@ class Judge:
             task, lambda: weigh(comparison, basis, evaluate, self._draw, opening_draws=draws), times=5 if many else 1
         )
 
-    def _take(self, weighed: Weighed, record: ComparisonRecord) -> None:
+    def _take(self, weighed: Weighed, record: ComparisonRecord, store_s: Callable[[], float]) -> None:
         def change(_: TaskState, trust: Trust) -> tuple[list[Event], list[ComparisonRecord]]:
             return trust.take(weighed, self._draw), [record]
 
-        self._update(record.task, change, version=record.version)
+        with within(store_s()):
+            self._update(record.task, change, version=record.version)
 
     def _limited[T](self, task: str, ask: Callable[[], T], *, times: int = 1) -> T:
         limit = self._limits.get(task)
@@ -299,14 +307,23 @@ class Judge:
         return self._vocabularies.get((task, version))
 
     def flush(self, task: str) -> None:
-        """Hand over what the second watch has not seen yet."""
+        """Hand over what the second watch has not seen yet. What cannot be written is kept for the next time."""
         with self._watching:
-            taken = {key: self._observed.pop(key) for key in list(self._observed) if key[0] == task}
-        for (_, version), observed in taken.items():
-            self._hand_over(task, version, [self._observation(task, version, one) for one in observed])
+            versions = [version for of, version in self._observed if of == task]
+        for version in versions:
+            self._hand_over(task, version)
 
-    def _hand_over(self, task: str, version: str, seen: Sequence[LocalObservation]) -> None:
-        self._update(task, lambda _, trust: (trust.watch(seen), []), version=version)
+    def _hand_over(self, task: str, version: str) -> None:
+        with self._watching:
+            observed = self._observed.pop((task, version), [])
+        try:
+            seen = [self._observation(task, version, one) for one in observed]
+            self._update(task, lambda _, trust: (trust.watch(seen), []), version=version)
+        except BaseException:
+            with self._watching:
+                kept = observed + self._observed.get((task, version), [])
+                self._observed[task, version] = kept[-_MOST_OBSERVED:]
+            raise
 
     def _observation(self, task: str, version: str, one: _Observed) -> LocalObservation:
         vocabulary, text = self._vocabulary(task, version), Schema.dumps(one.value)

@@ -415,17 +415,17 @@ class Router:
         """Record the comparison and update the version's trust; its own failure must not cost the caller the answer."""
         served = request.accepts(local)
         try:
-            with within(request.left_s()):
-                self._judge.compare(
-                    request.task,
-                    request_id=request.id,
-                    local=local,
-                    remote=remote.output,
-                    probability=request.plan.probability if served else 1.0,
-                    sampling_rate=request.known.of(local.version).sampling_rate,
-                    served=served,
-                    at=self._clock(),
-                )
+            self._judge.compare(
+                request.task,
+                request_id=request.id,
+                local=local,
+                remote=remote.output,
+                probability=request.plan.probability if served else 1.0,
+                sampling_rate=request.known.of(local.version).sampling_rate,
+                served=served,
+                at=self._clock(),
+                store_s=request.left_s,
+            )
         except Exception as error:  # noqa: BLE001  # see the docstring
             self._tell(request, EventKind.COMPARISON_FAILED, error)
         self._snapshot.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -19,7 +20,7 @@ from apprentice import Settings
 from apprentice.alerts import Alerts
 from apprentice.confidence.correlation import wilson
 from apprentice.confidence.trust import EventKind
-from apprentice.errors import EvaluatorError
+from apprentice.errors import EvaluatorError, StoreError
 from apprentice.events import kinds
 from apprentice.judge import Judge
 from apprentice.local.engine import LocalAnswer
@@ -165,6 +166,57 @@ def test_comparisons_of_many_threads_and_processes_are_all_counted_once(bench: B
     assert figures.unscored == 0
     assert figures.since_all.agreement is not None
     assert figures.since_all.agreement.n == pytest.approx(72)
+
+
+def test_the_store_has_its_time_when_the_evaluator_has_had_its_own(bench: Bench) -> None:
+    """A request whose deadline went by while its evaluator was thinking is recorded all the same."""
+    at = bench(tasks=[evaluated_by(patient)])
+    at.promote()
+    left = iter([30.0, 20.0])
+    holding.clear()
+    asked_for: list[float] = []
+
+    def store_s() -> float:
+        assert holding.is_set()  # the evaluator has come back
+        asked_for.append(next(left))
+        return asked_for[-1]
+
+    threading.Timer(0.2, holding.set).start()
+    compare(at.client.parts.judge, at.client.settings, store_s=store_s)
+    assert asked_for
+    assert len(at.store.comparisons("mood")) == 1
+
+
+def test_watching_waits_for_no_transaction(bench: Bench) -> None:
+    """However long the task's lock is held, noting an answer does not wait for it."""
+    at = bench()
+    at.promote()
+    judge = at.client.parts.judge
+    with judge._locks["mood"]:
+        assert not judge.watch("mood", "mood-v1", {"text": "a"}, confidence=0.9, served=True)
+
+
+def test_observations_outlive_a_store_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are handed over the next time, in their order, each once."""
+    at = bench()
+    at.promote(held_out=400)
+    judge = at.client.parts.judge
+    for confidence in (0.1, 0.2):
+        judge.watch("mood", "mood-v1", {"text": "a"}, confidence=confidence, served=True)
+    with monkeypatch.context() as patch:
+
+        def away(*_: Any, **__: Any) -> None:
+            raise StoreError("away")
+
+        patch.setattr(at.client.parts.store, "update_state", away)
+        with pytest.raises(StoreError):
+            judge.flush("mood")
+    judge.watch("mood", "mood-v1", {"text": "a"}, confidence=0.3, served=True)
+    judge.flush("mood")
+    judge.flush("mood")
+    trust = json.loads(at.store.policy_row("mood").trust)
+    assert [row[1] for row in trust["watch"]["first"]] == [0.1, 0.2, 0.3]
+    assert trust["served_count"] == 3
 
 
 def test_a_time_limit_tells_its_own_lateness_from_the_calls() -> None:

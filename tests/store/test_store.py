@@ -262,6 +262,28 @@ def test_every_version_has_a_state_of_its_own(store: Store) -> None:
     assert store.policy_row("a", "ghost").phase == 2
 
 
+def test_changes_of_two_versions_at_once_are_all_kept(store: Store) -> None:
+    """Routers on two versions, and promotions back and forth between them: no version loses what it learnt."""
+    store.ensure_tasks(["a"])
+    names = ("one", "two")
+    for name in names:
+        store.add_version(version(name))
+        store.promote("a", name, lambda _, own: own.change(phase=2), "better")
+
+    def learn(n: int) -> None:
+        if n % 10 == 9:
+            store.promote("a", names[n // 10 % 2], lambda _, own: own.change(), "and back")
+        store.update_state("a", lambda s: s.change(trust=s.trust + f"{n},"), version=names[n % 2])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(learn, range(40)))
+    for even, name in enumerate(names):
+        learnt = store.policy_row("a", name).trust
+        assert sorted(map(int, learnt.split(",")[:-1])) == list(range(even, 40, 2))
+    champion = store.policy_row("a")
+    assert champion.trust == store.policy_row("a", champion.version).trust
+
+
 def test_versions_that_nothing_serves_are_forgotten_in_the_end(store: Store, clock: Any) -> None:
     """The newest sixteen and the two that may serve are remembered, the champion before among them."""
     store.ensure_tasks(["a"])
