@@ -95,7 +95,7 @@ def assemble(
         backlog = Backlog(alerts)
         tally = Tally(store, budget.day, chore=backlog.write)
         if engine is None:
-            engine = build_engine(settings.local, settings.root, leases=store)
+            engine = build_engine(settings.local, settings.root, leases=store, budget=budget)
             opened.callback(engine.close)
         switch = Switch(engine, _lookup(settings, store), alert=alerts)
         router = Router(

@@ -309,7 +309,8 @@ class LocalSettings(_Section):
         "HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id, folder, GGUF file or engine tag"
     )
     training_model: str | None = Field(None, description="the same weights for the trainer, where base_model is a tag")
-    url: Url | None = Field(None, description="of a running vllm, llama_cpp or ollama server")
+    url: Url | None = Field(None, description="of a running vllm, llama_cpp or ollama server, or of a hosted model")
+    api_key_env: str = Field("OPENAI_API_KEY", description="variable that holds the key, for backend: hosted")
     fine_tune_backend: Literal["huggingface", "unsloth", "axolotl", "openai"] = Field(
         "huggingface", description="the trainer; docs/training.md"
     )

@@ -92,7 +92,7 @@ class Workshop:
             return self.engine_in_use
         from apprentice.local import build_engine  # loads what serves, which only a worker of its own needs
 
-        engine = build_engine(self.settings.local, self.settings.root, leases=self.store)
+        engine = build_engine(self.settings.local, self.settings.root, leases=self.store, budget=self.budget)
         self._own.append(engine.close)
         return engine
 

@@ -7,17 +7,22 @@ import socket
 import uuid
 from pathlib import Path
 
+from apprentice.budget import Budget
 from apprentice.config import LocalSettings
+from apprentice.errors import ConfigError, Problem
 from apprentice.local.engine import Engine
 from apprentice.local.leases import HoldStore, SharedLeases
 
 __all__ = ["build_engine"]
 
 
-def build_engine(settings: LocalSettings, root: Path, *, leases: HoldStore | None = None) -> Engine:
+def build_engine(
+    settings: LocalSettings, root: Path, *, leases: HoldStore | None = None, budget: Budget | None = None
+) -> Engine:
     """The engine that ``local.backend`` names; relative paths start at ``root``. What it needs is imported here.
 
     ``leases``: the store in which processes agree on what they use on a server that they share; None: nobody shares it.
+    ``budget`` pays for an engine whose answers cost money: without one there is none.
     """
     shared = SharedLeases(leases, _owner()) if leases is not None else None
     match settings.backend:
@@ -47,7 +52,12 @@ def build_engine(settings: LocalSettings, root: Path, *, leases: HoldStore | Non
         case "hosted":
             from apprentice.local.hosted import HostedEngine
 
-            return HostedEngine(max_new_tokens=settings.max_new_tokens)
+            if budget is None:
+                problem = Problem("local.backend", "is hosted, whose answers cost money, and no budget is given.")
+                raise ConfigError("local.backend", [problem])
+            url = settings.url or "https://api.openai.com/v1"
+            key = settings.api_key_env
+            return HostedEngine(budget, url=url, key_env=key, max_new_tokens=settings.max_new_tokens)
 
 
 def _owner() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,7 +44,8 @@ class LocalAnswer:
     """An answer of the local model. ``output`` fits the schema; else the engine raises `OutputError`.
 
     ``confidence`` is g of DESIGN section 6, in [0, 1]: the probability of the values' tokens, the weakest field
-    counting; ``field_confidence`` has it by field.
+    counting; ``field_confidence`` has it by field. ``cost`` is what a vendor bills for it, in USD and in the ledger
+    already; None where nobody sends a bill.
     """
 
     output: dict[str, Any]
@@ -52,6 +54,7 @@ class LocalAnswer:
     version: str
     prompt_tokens: int
     answer_tokens: int
+    cost: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)

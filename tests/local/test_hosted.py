@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
+from apprentice.budget import Budget
+from apprentice.config import BudgetSettings
+from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.hosted import HostedEngine
 from apprentice.schema import parse_schema
+from apprentice.store import Store
 
 SCHEMA = parse_schema({"label": "a | b", "note": "str?"})
 MODEL = "ft:gpt-4o-mini-2024-07-18:team::abc"
@@ -27,6 +31,7 @@ class Vendor:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.status = 200
+        self.usage: dict[str, int] | None = {"prompt_tokens": 1000, "completion_tokens": 10}
         self.body: str | None = None
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -47,7 +52,7 @@ class Vendor:
                         "logprobs": {"content": [{"token": t, "logprob": p} for t, p in tokens]},
                     }
                 ],
-                "usage": {"prompt_tokens": 1000, "completion_tokens": 10},
+                "usage": self.usage,
             },
         )
 
@@ -58,13 +63,19 @@ def vendor() -> Vendor:
 
 
 @pytest.fixture
-def engine(vendor: Vendor) -> Iterator[HostedEngine]:
-    engine = HostedEngine(environ={"OPENAI_API_KEY": "key"}, transport=httpx.MockTransport(vendor))
+def budget() -> Iterator[Budget]:
+    with Store.open("sqlite://") as store:
+        yield Budget(store, BudgetSettings(daily=Decimal("0.05")))
+
+
+@pytest.fixture
+def engine(vendor: Vendor, budget: Budget) -> Iterator[HostedEngine]:
+    engine = HostedEngine(budget, environ={"OPENAI_API_KEY": "key"}, transport=httpx.MockTransport(vendor))
     yield engine
     engine.close()
 
 
-def test_it_is_asked_as_it_was_trained_and_priced(engine: HostedEngine, vendor: Vendor) -> None:
+def test_it_is_asked_as_it_was_trained_and_priced(engine: HostedEngine, vendor: Vendor, budget: Budget) -> None:
     """The compact prompt alone, under the vendor's own schema; what it cost is added up."""
     engine.load(VERSION)
     answer = engine.answer("v1", {"text": "hello"}, deadline_s=5)
@@ -74,7 +85,9 @@ def test_it_is_asked_as_it_was_trained_and_priced(engine: HostedEngine, vendor: 
     assert body["model"] == MODEL
     assert body["messages"] == [{"role": "user", "content": "hello"}]
     assert body["response_format"]["json_schema"]["strict"] is True
-    assert engine.spent > Decimal(0)
+    assert answer.cost
+    (cap,) = budget.remaining()
+    assert (cap.spent, cap.reserved) == (answer.cost, 0)
 
 
 def test_a_version_that_is_not_hosted_is_refused(engine: HostedEngine) -> None:
@@ -83,11 +96,11 @@ def test_a_version_that_is_not_hosted_is_refused(engine: HostedEngine) -> None:
         engine.load(Version("v2", "t", None, SCHEMA))
 
 
-def test_a_missing_key_or_price_is_found_at_load(vendor: Vendor) -> None:
+def test_a_missing_key_or_price_is_found_at_load(vendor: Vendor, budget: Budget) -> None:
     """Neither waits for the first request; an unknown price is never zero."""
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
-        HostedEngine(environ={}, transport=httpx.MockTransport(vendor)).load(VERSION)
-    engine = HostedEngine(environ={"OPENAI_API_KEY": "key"}, transport=httpx.MockTransport(vendor))
+        HostedEngine(budget, environ={}, transport=httpx.MockTransport(vendor)).load(VERSION)
+    engine = HostedEngine(budget, environ={"OPENAI_API_KEY": "key"}, transport=httpx.MockTransport(vendor))
     with pytest.raises(ConfigError, match="price"):
         engine.load(Version("v3", "t", None, SCHEMA, remote_model="no-such-model"))
 
@@ -155,3 +168,59 @@ def test_probabilities_that_are_none(engine: HostedEngine, vendor: Vendor, logpr
     except EngineUnavailable:
         return
     assert answer.field_confidence == {"label": 0.5}
+
+
+def test_a_hosted_model_keeps_the_caps(engine: HostedEngine, vendor: Vendor, budget: Budget) -> None:
+    """Its answers are in the ledger under a name of their own; with the cap used up it is not asked any more."""
+    engine.load(VERSION)
+    vendor.usage = {"prompt_tokens": 1000, "completion_tokens": 500}
+    with contextlib.suppress(BudgetExceeded):
+        for _ in range(1000):
+            engine.answer("v1", {"text": "hello"}, deadline_s=5)
+    asked = len(vendor.asked)
+    assert 0 < asked < 1000
+    (cap,) = budget.remaining()
+    (row,) = budget._store.spend()
+    assert cap.spent == row.cost <= cap.cap
+    assert (row.provider, row.calls, row.is_answering) == ("openai hosted", asked, False)
+    with pytest.raises(BudgetExceeded):
+        engine.answer_many("v1", [{"text": "hello"}] * 3)
+
+
+@pytest.mark.parametrize(
+    ("usage", "status", "state"),
+    [
+        ({"prompt_tokens": -5, "completion_tokens": 10}, 200, "lost"),
+        ({"prompt_tokens": 5, "completion_tokens": 0}, 200, "lost"),
+        (None, 200, "lost"),
+        ({}, 504, "lost"),
+        ({}, 500, "released"),
+        ({}, 429, "released"),
+        ({}, 401, "released"),
+    ],
+)
+def test_every_end_of_a_hosted_call_is_accounted_for(
+    engine: HostedEngine, vendor: Vendor, budget: Budget, usage: Any, status: int, state: str
+) -> None:
+    """As for the remote: what the vendor does not say costs the worst case, what it refuses nothing."""
+    engine.load(VERSION)
+    vendor.usage, vendor.status = usage, status
+    with contextlib.suppress(ApprenticeError):
+        engine.answer("v1", {"text": "hello"}, deadline_s=5)
+    assert [row.state for row in budget._store.spend()] == [state]
+    assert budget._store.held() == []
+
+
+def test_key_and_address_are_configurable(vendor: Vendor, budget: Budget) -> None:
+    """Another variable, another address."""
+
+    def elsewhere(request: httpx.Request) -> httpx.Response:
+        assert request.url.host == "proxy.invalid"
+        return vendor(request)
+
+    environ = {"MY_KEY": "key\n"}
+    transport = httpx.MockTransport(elsewhere)
+    engine = HostedEngine(budget, url="http://proxy.invalid/v1", key_env="MY_KEY", environ=environ, transport=transport)
+    engine.load(VERSION)
+    assert engine.answer("v1", {"text": "hello"}, deadline_s=5).output["label"] == "b"
+    engine.close()
