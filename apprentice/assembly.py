@@ -22,6 +22,7 @@ from apprentice.router import Router
 from apprentice.store import Store
 from apprentice.tally import Tally
 from apprentice.transport import Sender
+from apprentice.unattended import Unattended
 
 if TYPE_CHECKING:
     import httpx
@@ -93,7 +94,14 @@ def assemble(
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
         backlog = Backlog(alerts)
-        tally = Tally(store, budget.day, chore=backlog.write)
+        unattended = Unattended(settings, store, alerts, clock)
+
+        def chore() -> bool:
+            waits = backlog.write()
+            unattended.look()
+            return waits
+
+        tally = Tally(store, budget.day, chore=chore)
         if engine is None:
             engine = build_engine(settings.local, settings.root, leases=store, budget=budget)
             opened.callback(engine.close)

@@ -24,6 +24,7 @@ class TaskStatus:
     ``correlation`` and ``agreement`` are those of the served slice over the window in phase 3, of everything before;
     ``correlation_interval`` is their 95 % interval. ``spent`` is all that was ever spent on the task, in USD: what is
     billed, and what may be because a call's end is unknown. ``held`` is what calls in flight may still cost at most.
+    ``waits_for_coach`` says why the task is to be trained, if no coach is there to do it.
     """
 
     task: str
@@ -41,4 +42,5 @@ class TaskStatus:
     spent: Decimal
     held: Decimal
     training_due: str | None
+    waits_for_coach: str | None
     last_alert: str | None

@@ -18,6 +18,7 @@ from apprentice.judge import Judge
 from apprentice.phases import Phase
 from apprentice.result import TaskStatus
 from apprentice.store import Store
+from apprentice.unattended import waits_for_coach
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -33,12 +34,12 @@ def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, T
     held = {row.task: row.amount for row in store.held()}
     none = Decimal(0)
     return {
-        task.name: _status(task.name, store, judge, spent.get(task.name, none), held.get(task.name, none))
+        task.name: _status(settings, task.name, store, judge, spent.get(task.name, none), held.get(task.name, none))
         for task in settings.tasks
     }
 
 
-def _status(task: str, store: Store, judge: Judge, spent: Decimal, held: Decimal) -> TaskStatus:
+def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: Decimal, held: Decimal) -> TaskStatus:
     state = store.policy_row(task)
     figures = judge.figures(task)
     scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
@@ -60,6 +61,7 @@ def _status(task: str, store: Store, judge: Judge, spent: Decimal, held: Decimal
         spent=spent,
         held=held,
         training_due=state.training_due,
+        waits_for_coach=waits_for_coach(settings, store, task),
         last_alert=_words(alert.kind, alert.at) if alert else None,
     )
 
@@ -96,7 +98,12 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
         )
         if status.held:
             lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
-        if status.training_due:
+        if status.waits_for_coach:
+            lines.append(
+                f"[yellow]{status.task}: no coach is watching, and training is due ({status.waits_for_coach}); "
+                "run: apprentice coach[/yellow]"
+            )
+        elif status.training_due:
             lines.append(f"{status.task}: training is due ({status.training_due})")
         if status.last_alert:
             lines.append(f"[yellow]{status.task}: last alert {status.last_alert}[/yellow]")

@@ -88,6 +88,7 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         spent=Decimal("123.4567"),
         held=Decimal("1.25"),
         training_due="drift",
+        waits_for_coach=None,
         last_alert="drift (2026-11-23 10:00 UTC)",
     )
     console = Console(width=80, highlight=False)

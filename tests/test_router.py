@@ -562,27 +562,3 @@ def test_a_requests_deadline_bounds_its_waiting_for_the_store(bench: Bench, tmp_
 
 def at_deadline(seconds: float) -> dict[str, Any]:
     return {**FakeVendor("anthropic").settings(max_retries=1), "deadline_s": seconds}
-
-
-def test_a_commit_whose_success_is_not_heard_of_is_not_made_twice(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The store had kept it, and only its word of that was lost: it is one example and one price."""
-    at = bench()
-    real, tries = Store.complete_remote, []
-
-    def flaky(self: Store, **given: Any) -> Any:
-        tries.append(1)
-        if len(tries) == 1:
-            raise StoreError("the server closed the connection")
-        done = real(self, **given)
-        if len(tries) == 2:
-            raise StoreError("the server closed the connection")
-        return done
-
-    monkeypatch.setattr(Store, "complete_remote", flaky)
-    assert at.run("a fear") == {"label": "fear"}
-    assert len(tries) == 3
-    assert at.store.count_examples("mood") == 1
-    assert [(row.state, row.calls) for row in at.store.spend()] == [("settled", 1)]
-    assert at.told() == set()

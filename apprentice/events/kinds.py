@@ -230,6 +230,12 @@ class EventKind(StrEnum):
         "A training run ended with an error, and is not tried again by itself.",
         "Mend the cause in the evidence, then run `apprentice coach --now TASK`.",
     )
+    NO_COACH = (
+        "no_coach",
+        "warning",
+        "A task has what its training needs, and no coach watches it: nothing is trained, and the remote answers on.",
+        "Run `apprentice coach`, or the deployment that does its work, against the same store.",
+    )
     UNREGISTERED_CHAMPION = (
         "unregistered_champion",
         "warning",

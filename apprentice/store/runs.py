@@ -14,7 +14,7 @@ from apprentice.store.database import Transaction
 from apprentice.store.records import Lease, RunRecord
 from apprentice.store.tables import leases, runs
 
-__all__ = ["acquire", "of_task", "open_run", "release", "renew", "start", "update_run"]
+__all__ = ["acquire", "lease", "of_task", "open_run", "release", "renew", "start", "update_run"]
 
 _insert = insert(runs)
 _columns = [c for c in runs.columns if c.name != "seq"]
@@ -75,6 +75,7 @@ _mine = and_(
     leases.c.token == bindparam("b_token"),
 )
 _renew = update(leases).where(_mine).values(expires_at=bindparam("b_expires_at"))
+_lease = select(leases).where(leases.c.name == bindparam("b_name"))
 # The row stays, so that the next token is larger.
 _release = update(leases).where(_mine).values(expires_at=0.0)
 
@@ -83,6 +84,12 @@ def acquire(tx: Transaction, name: str, owner: str, ttl_s: float, now: float) ->
     values = {"name": name, "owner": owner, "token": 1, "expires_at": now + ttl_s, "b_now": now}
     row = tx.run(_acquire, values).fetchone()
     return Lease(name, owner, int(row[0]), now + ttl_s) if row else None
+
+
+def lease(tx: Transaction, name: str, now: float) -> Lease | None:
+    row = tx.run(_lease, {"b_name": name}).fetchone()
+    found = Lease(*row) if row else None
+    return found if found is not None and found.expires_at > now else None
 
 
 def renew(tx: Transaction, lease: Lease, ttl_s: float, now: float) -> Lease | None:

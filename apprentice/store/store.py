@@ -318,6 +318,11 @@ class Store:
         with self._write() as tx:
             return runs.acquire(tx, name, owner, ttl_s, self._clock())
 
+    def lease(self, name: str) -> Lease | None:
+        """Who holds a lease now; None where nobody does."""
+        with self._database.read() as tx:
+            return runs.lease(tx, name, self._clock())
+
     def renew_lease(self, lease: Lease, ttl_s: float = 60.0) -> Lease | None:
         """Hold on to a lease; None when it was lost to another owner."""
         with self._write() as tx:
