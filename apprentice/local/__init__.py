@@ -48,7 +48,14 @@ def build_engine(
             from apprentice.local.ollama import OllamaEngine
 
             url = settings.url or "http://127.0.0.1:11434"
-            return OllamaEngine(settings.base_model, url=url, max_new_tokens=settings.max_new_tokens)
+            return OllamaEngine(
+                settings.base_model,
+                root,
+                training_model=settings.training_model,
+                url=url,
+                max_new_tokens=settings.max_new_tokens,
+                leases=shared,
+            )
         case "hosted":
             from apprentice.local.hosted import HostedEngine
 

@@ -162,6 +162,10 @@ def save_adapter(lora: Any, folder: Path, base_name: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
+    # Readers in stricter languages take 32.0 for no whole number, and refuse it.
+    config["lora_alpha"] = (
+        int(config["lora_alpha"]) if float(config["lora_alpha"]).is_integer() else config["lora_alpha"]
+    )
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -57,6 +57,38 @@ def _safetensors(path: Path, tensors: Mapping[str, tuple[int, int]]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
+def write_base_with_gguf(folder: Path, hidden: int = 64) -> Path:
+    """Such a folder with the same as GGUF beside it, and a vocabulary of special tokens."""
+    import gguf
+    import numpy as np
+
+    write_base(folder, hidden)
+    writer = gguf.GGUFWriter(str(folder / "base.gguf"), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_token_list(["a", "<|im_start|>", "<|im_end|>"])
+    writer.add_token_types([1, 3, 3])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, shape in shapes(hidden).items():
+        writer.add_tensor(f"{names.get_name(name)}.weight", np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer whose tokens are characters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.save(str(path))
+
+
 def write_gguf_header(path: Path) -> None:
     """A GGUF with one number, one text, one list and one tensor of four bytes."""
 
