@@ -1,5 +1,6 @@
 """The store: tables, migrations, and the few transactions that need to be atomic."""
 
+from apprentice.store.database import within
 from apprentice.store.records import (
     CapWindow,
     ComparisonRecord,
@@ -42,4 +43,5 @@ __all__ = [
     "Usage",
     "VersionRecord",
     "WindowState",
+    "within",
 ]

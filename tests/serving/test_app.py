@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from apprentice import AsyncApprentice, StoreError
 from apprentice.budget import Budget
-from apprentice.router import SNAPSHOT_S
+from apprentice.snapshot import SNAPSHOT_S
 from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor, Fault
 from serving.app import create_app

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.errors import StoreError
-from apprentice.store import Store
-from apprentice.store.database import _BUSY_TIMEOUT_S, _patience_s, within
+from apprentice.store import Store, within
+from apprentice.store.database import _BUSY_TIMEOUT_S, _patience_s
 
 LONG_S = 20.0  # far less than the 60 s that a store waits by itself, far more than was asked for
 
