@@ -23,7 +23,7 @@ def run(what: str, url: str, *more: str) -> dict[str, Any]:
     return result
 
 
-def check_storm(result: dict[str, Any]) -> None:
+def check_storm(result: dict[str, Any], threads: int) -> None:
     assert result["killed"] == 3
     assert Decimal(result["peak"]) <= Decimal(result["cap"])
     assert result["looks"] > 10
@@ -33,19 +33,21 @@ def check_storm(result: dict[str, Any]) -> None:
     assert result["settled"] == result["examples"] >= result["answered"]
     # what the dead held stays counted, and all the rest of the cap can still be spent
     assert Decimal(result["held_by_the_dead"]) % Decimal("0.02") == 0
+    # and that is at most what was in flight at the kill: one call for each thread
+    assert Decimal(result["held_by_the_dead"]) <= Decimal("0.02") * result["killed"] * threads
     assert Decimal(result["spent"]) == Decimal("0.01") * result["settled"]
     assert Decimal(result["used"]) == Decimal(result["usable"])
 
 
 def test_a_storm_of_processes_keeps_the_cap(url: str) -> None:
     """Eight processes, three of them killed in flight, never commit more than the cap."""
-    check_storm(run("storm", url, "--calls", "40", "--threads", "8"))
+    check_storm(run("storm", url, "--calls", "40", "--threads", "8"), 8)
 
 
 @pytest.mark.slow
 def test_the_full_storm_keeps_the_cap(url: str) -> None:
     """8 x 200 calls of $0.01, 200 at once in each process, against $5.00."""
-    check_storm(run("storm", url, "--calls", "200", "--threads", "200"))
+    check_storm(run("storm", url, "--calls", "200", "--threads", "200"), 200)
 
 
 def test_an_answer_outlives_its_process(url: str) -> None:
