@@ -500,7 +500,7 @@ def load_scenario(path: Path) -> Scenario:
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(str(path), [Problem("", f"cannot be read: {error}")]) from error
     problems: list[Problem] = []
     scenario = _build(Scenario, {"name": path.stem, **data} if isinstance(data, dict) else data, "", problems)

@@ -16,8 +16,12 @@ from apprentice.config import Settings
 HEAD = """\
 # apprentice.yaml
 
-Every key, its default and its meaning. `apprentice check` reads a file and reports every mistake at once.
-This page is written by `docs/reference.py` from `apprentice/config.py`.
+Every key, its default and its meaning. This page is written by `docs/reference.py` from `apprentice/config.py`.
+
+`apprentice check` reads a file and reports every mistake at once, each with its line. Then it tries what start-up and
+the first training need: keys and prices, the functions that the file names, the extras, the base model, and whether the
+store, the engine and MLflow answer. Each is `ok`, a `problem`, or `not tried`, with the reason; nothing is written and
+no vendor is asked. Exit status 0: no problem; 1: a problem; 2: the command line was wrong.
 
 ## the file's text
 
