@@ -93,6 +93,7 @@ def assemble(
         teacher = Teacher(settings.remote, sender.send, environ=environ, clock=clock, random=draw)
         teacher.price_check()
         judge = Judge(settings, store, alerts, clock, draw)
+        judge.prepare()
         backlog = Backlog(alerts)
         unattended = Unattended(settings, store, alerts, clock)
 

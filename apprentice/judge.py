@@ -152,18 +152,14 @@ class Judge:
         self._alerts = alerts  # it tells of the events that the store commits; nothing is said of them here
         self._clock = clock
         self._draw = draw
-        self._evaluators: dict[str, Evaluator] = {
-            task.name: _Guarded(evaluator_of(task), task.evaluator_function or task.evaluator)
-            for task in settings.tasks
-        }
+        self._tasks = {task.name: task for task in settings.tasks}
+        self._evaluators: dict[str, Evaluator] = {}
         self._limits = {
             task.name: TimeLimit(f"evaluator {task.evaluator_function or task.evaluator}", evaluator_s)
             for task in settings.tasks
             if task.evaluator not in ("exact_match", "structured_match")  # ours, and bounded
         }
         self._settings = {task.name: trust_settings(settings, task) for task in settings.tasks}
-        for numbers in self._settings.values():
-            tabulate(numbers.decay_function, trigger=numbers.coaching_trigger, floor=numbers.min_floor)
         self._locks = {task.name: threading.Lock() for task in settings.tasks}
         # The trust as this process last wrote it. Another process's change shows in the revision, and it is read again.
         self._known: dict[tuple[str, str], tuple[int, Trust]] = {}
@@ -171,13 +167,27 @@ class Judge:
         self._observed: dict[tuple[str, str], list[_Observed]] = {}
         self._vocabularies: dict[tuple[str, str], Vocabulary | None] = {}
 
+    def prepare(self) -> None:
+        """Find out now whether every evaluator and decay function can be used; who only reads needs none of them.
+
+        Raises `EvaluatorError`, `MissingExtra`, `ApprenticeError`.
+        """
+        for task, numbers in self._settings.items():
+            self.evaluator(task)
+            tabulate(numbers.decay_function, trigger=numbers.coaching_trigger, floor=numbers.min_floor)
+
     def evaluator(self, task: str) -> Evaluator:
         """The task's evaluator; whatever goes wrong in it is an `EvaluatorError`."""
-        return self._evaluators[task]
+        known = self._evaluators.get(task)
+        if known is None:
+            settings = self._tasks[task]
+            name = settings.evaluator_function or settings.evaluator
+            known = self._evaluators[task] = _Guarded(evaluator_of(settings), name)
+        return known
 
     def rate(self, task: str, answer: LocalAnswer) -> LocalAnswer:
         """The answer with the confidence that this task's evaluator cares about; see `StructuredMatch.expect`."""
-        expect = getattr(self._evaluators[task], "expect", None)
+        expect = getattr(self.evaluator(task), "expect", None)
         expected = expect(answer.field_confidence) if expect is not None else None
         return answer if expected is None else replace(answer, confidence=expected)
 
@@ -223,7 +233,7 @@ class Judge:
         )
         failure: Exception | None = None
         try:
-            score, parts = self._limited(task.name, lambda: self._evaluators[task.name](local.output, remote))
+            score, parts = self._limited(task.name, lambda: self.evaluator(task.name)(local.output, remote))
             comparison = replace(comparison, score=score, parts=dict(parts))
         except (EvaluatorError, TookTooLong) as error:
             failure = error
@@ -258,7 +268,7 @@ class Judge:
         # Where it completes the warm-up, all that waited are weighed with it; a slow evaluator is asked less of each.
         many = basis.waiting is not None and len(basis.waiting) + 1 >= basis.enough
         draws = 1 if many and task in self._limits else CHANCE_DRAWS
-        evaluate = self._evaluators[task]
+        evaluate = self.evaluator(task)
         return self._limited(
             task, lambda: weigh(comparison, basis, evaluate, self._draw, opening_draws=draws), times=5 if many else 1
         )
@@ -353,7 +363,7 @@ class Judge:
         the target is the same. The champion, its policy, the comparisons and the events change in one transaction.
         """
         settings = self._settings[task]
-        weighed = weigh_seed(seed, settings, self._evaluators[task], self._draw)
+        weighed = weigh_seed(seed, settings, self.evaluator(task), self._draw)
 
         def change(before: TaskState, own: TaskState) -> StateChange:
             phase = Phase(before.phase)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +17,11 @@ from hypothesis import Phase as Stage
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from apprentice import Settings
+from apprentice import Apprentice, Settings
 from apprentice.alerts import Alerts
 from apprentice.confidence.correlation import wilson
 from apprentice.confidence.trust import EventKind
-from apprentice.errors import EvaluatorError, StoreError
+from apprentice.errors import EvaluatorError, MissingExtra, StoreError
 from apprentice.events import kinds
 from apprentice.judge import Judge
 from apprentice.local.engine import LocalAnswer
@@ -166,6 +167,23 @@ def test_comparisons_of_many_threads_and_processes_are_all_counted_once(bench: B
     assert figures.unscored == 0
     assert figures.since_all.agreement is not None
     assert figures.since_all.agreement.n == pytest.approx(72)
+
+
+def test_who_only_reads_needs_no_evaluator(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status works without an evaluator's library; a client that would lose every comparison does not start."""
+    at = bench()
+    at.promote(held_out=60)
+    configured = at.client.settings
+    (task,) = configured.tasks
+    tasks = [task.model_copy(update={"evaluator": "semantic_similarity"})]
+    elsewhere = configured.model_copy(update={"tasks": tasks})
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    judge = Judge(elsewhere, at.store, at.client.parts.alerts, time.time, random.Random(1))
+    assert judge.figures("mood").comparisons == 60
+    with pytest.raises(MissingExtra, match="semantic"):
+        judge.prepare()
+    with pytest.raises(MissingExtra, match="semantic"):
+        Apprentice.from_config(elsewhere, environ=at.vendor.environ)
 
 
 def test_the_store_has_its_time_when_the_evaluator_has_had_its_own(bench: Bench) -> None:
