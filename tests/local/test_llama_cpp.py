@@ -221,3 +221,16 @@ def test_text_that_does_not_end_and_input_that_is_too_long_are_output_errors(
     answers = short.answer_many(version.name, [TICKETS[0][0], {"text": "word " * 9000}])
     short.close()
     assert [type(answer) for answer in answers] == [OutputError, OutputError]
+
+
+def test_the_servers_process_gets_no_secrets(tiny_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens files and answers on a port: a vendor's key has no business there; what it computes with stays."""
+    monkeypatch.setenv("SOME_VENDORS_API_KEY", "sk-of-nobody-0123456789")
+    monkeypatch.setenv("GGML_SETTING", "kept")
+    engine = LlamaCppEngine(str(tiny_folder), Path(), threads=1)
+    version = train("emotion", EMOTION, EMOTIONS)
+    engine.load(version)
+    environment = Path(f"/proc/{process_of(engine, version).pid}/environ").read_bytes()
+    engine.close()
+    assert b"sk-of-nobody" not in environment
+    assert b"GGML_SETTING=kept" in environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,11 @@ from apprentice.errors import EngineUnavailable, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.switch import Switch
 from apprentice.schema import parse_schema
+from apprentice.store import Store
+from apprentice.store.records import VersionRecord
+from apprentice.testing import FakeVendor
 from apprentice.testing.engine import FakeEngine
+from tests.conftest import settings, truth
 
 SCHEMA = parse_schema({"by": "str"})
 WAIT_S = 10.0
@@ -311,3 +316,61 @@ def test_a_load_that_failed_is_not_put_off_by_the_wall_clock(bench: Callable[...
     wall = [2_000_000_000.0]
     workbench = bench(clock=lambda: wall[0])
     assert workbench.client.parts.switch._clock is time.monotonic
+
+
+def test_callers_beyond_the_bound_get_the_remotes_answer_while_the_engine_hangs(bench: Callable[..., Any]) -> None:
+    """Eighty at once: sixty-four wait for the local model, sixteen have their answer before it moves."""
+    workbench = bench()
+    workbench.promote()
+    workbench.run("joy")
+    gate = threading.Event()
+    inside = threading.Semaphore(0)
+
+    def hang(value: Mapping[str, Any]) -> dict[str, Any]:
+        inside.release()
+        gate.wait(WAIT_S)
+        return {"label": "fear"}
+
+    workbench.local = hang
+    with ThreadPoolExecutor(80) as threads:
+        calls = [threads.submit(workbench.run, f"a fear {n}") for n in range(80)]
+        until(lambda: sum(call.done() for call in calls) == 16)
+        gate.set()
+        assert [call.result() for call in calls] == [{"label": "fear"}] * 80
+    entered = 0
+    while inside.acquire(blocking=False):
+        entered += 1
+    assert entered == 64
+    assert workbench.client.parts.switch.healthy("mood")
+
+
+def test_a_copied_home_serves_from_its_own_copy(tmp_path: Path) -> None:
+    """The original is still there, and an old row names its absolute path: the copy is what is read."""
+    from apprentice.assembly import _lookup
+
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    folder = original / "models" / "mood" / "v1"
+    folder.mkdir(parents=True)
+    shutil.copytree(original, copy)
+    for stored in ("mood/v1", str(folder)):
+        for home in (original, copy):
+            with Store.open("sqlite://") as store:
+                store.ensure_tasks(["mood"])
+                store.add_version(version_record("v1", adapter=stored))
+                made = settings(home, FakeVendor("anthropic", truth))
+                assert _lookup(made, store)("mood", "v1").adapter == home / "models" / "mood" / "v1"
+
+
+def version_record(name: str, *, adapter: str) -> VersionRecord:
+    return VersionRecord(
+        name=name,
+        task="mood",
+        status="candidate",
+        adapter=adapter,
+        base_model="fake",
+        trained_on=1,
+        held_out=1,
+        data_digest="",
+        mlflow_version=None,
+        reason="",
+    )
