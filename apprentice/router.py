@@ -190,7 +190,8 @@ class Router:
     def warm(self) -> None:
         """Begin to load every task's champion, in the background."""
         with self.call(), within(_STORE_PATIENCE_S):
-            self._snapshot.refresh()
+            if self._refresh() is not None:
+                return  # the first request tries again
             for task in self._settings.tasks:
                 self._switch.follow(task.name, self._snapshot.of(task.name).champion)
 

@@ -23,6 +23,7 @@ from apprentice import (
     InputError,
     OutputError,
     RemoteError,
+    StoreError,
     Unavailable,
     UnknownTask,
     secrets,
@@ -102,7 +103,15 @@ def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:
             status = 502
         case _:
             status = 500
-    return status, type(error).__name__, str(error), headers
+    return status, type(error).__name__, _words(error), headers
+
+
+def _words(error: ApprenticeError) -> str:
+    """What a caller is told. Where the store lies is for the server's log."""
+    if isinstance(error, StoreError) or (isinstance(error, Unavailable) and isinstance(error.remote, StoreError)):
+        _log.warning("a caller was told that the store cannot be used: %s", error)
+        return "the store cannot be used just now; the server's log says why"
+    return str(error)
 
 
 def _error(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

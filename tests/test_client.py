@@ -23,6 +23,7 @@ from apprentice import Apprentice, AsyncApprentice, ClientClosed, ConfigError, S
 from apprentice.assembly import check_remote
 from apprentice.budget import Budget
 from apprentice.judge import Judge
+from apprentice.snapshot import SNAPSHOT_S
 from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor, Fault
 from tests.conftest import Workbench, settings, truth
@@ -525,6 +526,25 @@ def test_an_environment_that_can_be_used_is(value: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("NO_PROXY", value)
     vendor = FakeVendor("anthropic")
     Apprentice.from_config(settings(tmp_path, vendor), environ=vendor.environ).close()
+
+
+def test_a_store_that_fails_while_champions_are_looked_up_stops_no_start(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request looks again."""
+    real, failed = Store.policies, []
+
+    def fails_once(self: Store) -> Any:
+        if not failed:
+            failed.append(1)
+            raise StoreError("the server closed the connection")
+        return real(self)
+
+    monkeypatch.setattr(Store, "policies", fails_once)
+    at = bench()
+    assert failed
+    time.sleep(SNAPSHOT_S)
+    assert at.run("a fear") == {"label": "fear"}
 
 
 def test_champions_are_loaded_at_the_start(bench: Bench) -> None:

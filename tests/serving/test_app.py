@@ -182,3 +182,19 @@ def _quiet(client: TestClient) -> Any:
     transport = client._transport
     transport.raise_server_exceptions = False
     return transport
+
+
+def test_where_the_store_lies_is_not_for_callers(
+    serve: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They learn that it is away; host, path and database stand in the server's log."""
+    client = serve()
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise StoreError("store postgresql://ada@db.internal/prod: the server is gone")
+
+    monkeypatch.setattr(Store, "reserve", away)
+    response = client.post("/v1/tasks/mood", json={"text": "x"})
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "Unavailable")
+    assert "internal" not in response.text
+    assert "store" in response.json()["error"]["message"]
