@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from apprentice.config import AlertSettings
 from apprentice.events.emitter import QUIET_S, Events
 from apprentice.events.kinds import EventKind, Level
-from apprentice.events.sinks import Webhook
+from apprentice.events.sinks import SINKS
 from apprentice.store import Store
 
 __all__ = ["QUIET_S", "Alerts"]
@@ -16,8 +17,9 @@ __all__ = ["QUIET_S", "Alerts"]
 class Alerts(Events):
     """`Events`, called with a kind's name."""
 
-    def __init__(self, store: Store, clock: Callable[[], float], webhook: str | None = None) -> None:
-        super().__init__(store, [Webhook(webhook)] if webhook else [], clock=clock)
+    def __init__(self, store: Store, clock: Callable[[], float], settings: AlertSettings) -> None:
+        chosen = [(make, getattr(settings, name)) for name, make in SINKS.items()]
+        super().__init__(store, [make(value) for make, value in chosen if value], level=settings.level, clock=clock)
 
     def __call__(self, kind: str, task: str | None, evidence: dict[str, Any], level: Level | None = None) -> None:
         """As `emit`. Raises `ValueError` if there is no such kind."""

@@ -86,7 +86,7 @@ def assemble(
         store = Store.open(settings.store_url, clock=clock)
         opened.callback(store.close)
         store.ensure_tasks(task.name for task in settings.tasks)
-        alerts = Alerts(store, clock, settings.alerts.webhook)
+        alerts = Alerts(store, clock, settings.alerts)
         opened.callback(alerts.close)
         caps = {task.name: task.budget for task in settings.tasks}
         budget = Budget(store, settings.budget, caps, clock=clock)
@@ -135,7 +135,7 @@ def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable
 def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:
     """A judge alone, for those who promote and never route: training flows and the command line."""
     store.ensure_tasks(task.name for task in settings.tasks)
-    return Judge(settings, store, Alerts(store, clock, settings.alerts.webhook), clock, draw)
+    return Judge(settings, store, Alerts(store, clock, settings.alerts), clock, draw)
 
 
 def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:

@@ -350,7 +350,10 @@ class TrackingSettings(_Section):
 class AlertSettings(_Section):
     """Who hears of alerts, besides the log and the store."""
 
-    webhook: Url | None = Field(None, description="URL that gets each alert as a JSON POST")
+    webhook: Url | None = Field(None, description="URL that gets each alert as a JSON POST; docs/alerts.md")
+    level: Literal["info", "warning", "critical"] = Field(
+        "warning", description="the least grave that is posted; an all-clear always is"
+    )
 
 
 class Settings(_Section):

@@ -384,7 +384,8 @@ class Router:
         kind = next(kind for of, kind in _ALERTS if isinstance(remote.error, of))
         if isinstance(remote.error, BudgetExceeded) and remote.error.in_flight:
             kind = EventKind.BUDGET_HELD
-        self._tell(request, kind, remote.error)
+        if kind is not EventKind.BUDGET_EXHAUSTED:  # which the budget tells itself, once for each cap
+            self._tell(request, kind, remote.error)
         if local is not None and local.value is not None:
             outcome = "budget" if isinstance(remote.error, BudgetExceeded) else "degraded"
             # A spot check that brought no answer stands for as many answers as it was one of.
@@ -404,9 +405,8 @@ class Router:
     ) -> Result:
         """Return the local model's answer; ``outcome`` is what the record says of it, for the rest see `_watch`."""
         self._watch(request, local, unverified=unverified)
-        if outcome != "local":
-            kind = EventKind.ANSWERED_LOCALLY_BUDGET if outcome == "budget" else EventKind.ANSWERED_LOCALLY_DEGRADED
-            self._alerts.emit(kind, request.task.name, {"request": request.id})
+        if outcome == "degraded":  # that a cap is used up has been told, once, by whoever keeps it
+            self._alerts.emit(EventKind.ANSWERED_LOCALLY_DEGRADED, request.task.name, {"request": request.id})
         self._tally.add(request.task.name, answer.version, outcome, self._age_s(request))
         return Result(request.id, answer.output)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import httpx
 
+from apprentice import secrets
 from apprentice.config import Settings
 from apprentice.errors import TrainingError
 
@@ -79,7 +80,7 @@ def run_together(settings: Settings, config: Path, *, port: int, prefect_port: i
             log = (logs / f"{member.name}.log").open("ab")
             process = subprocess.Popen(
                 member.command,
-                env={**os.environ, **member.environment},
+                env={**_inherited(member), **member.environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=settings.root,
@@ -100,6 +101,14 @@ def run_together(settings: Settings, config: Path, *, port: int, prefect_port: i
         for member, process in reversed(running):
             _stop(process)
             click.echo(f"{member.name:<8} stopped")
+
+
+def _inherited(member: Member) -> dict[str, str]:
+    """The environment, without our own keys for the servers of others; what is theirs by name they keep."""
+    if member.name not in ("prefect", "mlflow"):
+        return dict(os.environ)
+    theirs = [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_", "AWS_", "AZURE_", "GOOGLE_APP"))]
+    return secrets.child_environment(os.environ, keep=theirs)
 
 
 def _ready(member: Member, process: subprocess.Popen[bytes], stop: threading.Event) -> bool:

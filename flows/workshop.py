@@ -52,6 +52,7 @@ class Workshop:
         store.ensure_tasks(task.name for task in settings.tasks)
         shop = cls(settings, store, **given)
         shop._own.append(store.close)
+        _ = shop.alerts  # from now on it tells whatever the store commits
         return shop
 
     def task(self, name: str) -> TaskSettings:
@@ -61,7 +62,7 @@ class Workshop:
     @cached_property
     def alerts(self) -> Alerts:
         """Who tells people."""
-        alerts = Alerts(self.store, self.clock, self.settings.alerts.webhook)
+        alerts = Alerts(self.store, self.clock, self.settings.alerts)
         self._own.append(alerts.close)
         return alerts
 

@@ -156,12 +156,6 @@ class EventKind(StrEnum):
         "The remote was not available, so the local model answered a request that it is not trusted with.",
         "Restore the remote. These answers are marked as degraded in the counts.",
     )
-    ANSWERED_LOCALLY_BUDGET = (
-        "answered_locally_budget",
-        "warning",
-        "A cap is used up, so the local model answered a request that it is not trusted with.",
-        "Raise the cap in apprentice.yaml, or wait until it resets.",
-    )
     ENGINE_UNAVAILABLE = (
         "engine_unavailable",
         "warning",
@@ -228,7 +222,7 @@ class EventKind(StrEnum):
         "training_failed",
         "critical",
         "A training run ended with an error, and is not tried again by itself.",
-        "Mend the cause in the evidence, then run `apprentice coach --now TASK`.",
+        "Mend the cause in the evidence, then run `apprentice coach TASK --now`.",
     )
     NO_COACH = (
         "no_coach",
@@ -280,6 +274,6 @@ class EventKind(StrEnum):
         "store_replaced",
         "critical",
         "The store's file was deleted or replaced while this process was using it.",
-        "Restart every process of this installation, so that all use the same file again. Caps held in the old file "
-        "and in the new one are counted apart until then.",
+        "Put the right file in its place and restart every process. Until then this one neither reads nor writes the "
+        "store, and spends nothing.",
     )

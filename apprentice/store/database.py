@@ -23,7 +23,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -207,8 +207,9 @@ class SqliteDatabase:
         with self.read():
             pass  # a path that cannot be opened is reported now
         if not self._in_memory:
-            found = os.stat(self._path)
-            self._file = found.st_dev, found.st_ino
+            with suppress(OSError):  # a name that only SQLite understands
+                found = os.stat(self._path)
+                self._file = found.st_dev, found.st_ino
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
