@@ -153,7 +153,8 @@ def cost_report(
     prices = _prices(store, store.spend() if start else calls)
     tasks = _by_task(calls, counts, held, prices)
     days = _by_day(calls, counts, prices, settings.local.cost_per_hour, now, zone)
-    caps = Budget(store, settings.budget, {t.name: t.budget for t in settings.tasks}, clock=clock).remaining()
+    task_caps = {t.name: t.budget for t in settings.tasks}
+    caps = Budget(store, settings.budget, task_caps, clock=clock, looks_only=True).remaining()
     avoided = _sum_known(t.avoided for t in tasks)
     local_cost = sum((d.local_cost for d in days), Decimal(0))
     return CostReport(
@@ -263,6 +264,7 @@ def _by_day(
         local = [c for c in today if c.outcome in LOCAL_OUTCOMES]
         avoided = _sum_known(_avoided(prices.get(c.task), c.n) for c in local)
         machine = _local_cost(day, cost_per_hour, now, zone) if day in local_days else Decimal(0)
+        machine += sum((row.cost for row in calls if row.day == day and row.is_hosted), Decimal(0))
         saved = None if avoided is None else avoided - machine
         per_thousand = spent * 1000 / asked if asked else None
         found.append(DayCost(day, asked, sum(c.n for c in local), spent, avoided, machine, saved, per_thousand))

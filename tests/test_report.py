@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from apprentice.budget import windows_at
-from apprentice.config import Settings
+from apprentice.budget import Budget, windows_at
+from apprentice.config import BudgetSettings, Settings
 from apprentice.report import as_csv_text, as_html, as_json_text, cost_report, parse_since, run_command
 from apprentice.store import Count, ExampleRecord, Settlement, Store, Usage
 
@@ -254,3 +254,28 @@ def test_nothing_yet(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture
     assert "Nothing recorded yet" in as_html(report)
     run_command(config, clock=clock)
     assert "0 requests" in capsys.readouterr().out
+
+
+def test_what_a_hosted_local_model_costs_is_no_saving(tmp_path: Path, clock: Clock) -> None:
+    """Its answers save the remote's price less its own; spent and saved together are what everything would cost."""
+    with Store.open(settings(tmp_path).store_url, clock=clock) as store:
+        for _ in range(10):
+            spend(store, clock, "tickets", "0.01")
+        answer_locally(store, clock, "tickets", 20)
+        budget = Budget(store, settings(tmp_path).budget, clock=clock)
+        for n in range(20):
+            held = budget.reserve("tickets", "openai hosted", "ft:m", Decimal("0.02"), f"h{n}")
+            budget.settle(held, Decimal("0.002"), Usage(50, 5))
+        report = cost_report(store, settings(tmp_path), clock=clock)
+    assert report.spent == Decimal("0.14")
+    assert (report.avoided, report.local_cost, report.saved) == (Decimal("0.20"), Decimal("0.04"), Decimal("0.16"))
+    assert report.saved is not None
+    assert report.spent + report.saved == 30 * Decimal("0.01")
+
+
+def test_a_report_puts_no_caps_in_force(store: Store, tmp_path: Path, clock: Clock) -> None:
+    """Reading with another configuration at hand must not bind the processes that run."""
+    Budget(store, BudgetSettings(daily=Decimal(7)), clock=clock)
+    clock.at(4)
+    cost_report(store, settings(tmp_path), clock=clock)
+    assert store.caps()["|daily"] == 7

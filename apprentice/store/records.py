@@ -341,6 +341,11 @@ class SpendRow:
         """Whether these calls were made for the remote's answers, which are what local answers save."""
         return not self.provider.endswith((" training", " hosted"))
 
+    @property
+    def is_hosted(self) -> bool:
+        """Whether these calls brought answers of a local model that a vendor hosts: they are what it costs."""
+        return self.provider.endswith(" hosted")
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
