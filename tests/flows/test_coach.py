@@ -118,7 +118,7 @@ def test_no_held_out_example_is_ever_trained_on(home: Any, trainer: Any) -> None
 
 def test_a_run_that_breaks_in_any_step_is_resumed(home: Any, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step, broken once, is done again; what came before it is not, and one version is registered."""
-    for module, name in (("finetune", "_register"), ("validate", "_figures"), ("promote", "make_champion")):
+    for module, name in (("finetune", "_register"), ("validate", "figures_of"), ("promote", "make_champion")):
         whole: Callable[..., Any] = __import__(f"flows.{module}", fromlist=[name]).__dict__[name]
         calls = []
 
@@ -272,7 +272,7 @@ def test_review_waits_for_a_person(make_home: Callable[..., Any], trainer: Any) 
 
 def test_a_candidate_that_was_refused_is_let_go(home: Any, trainer: Any) -> None:
     """A server that several processes share keeps nothing that nobody will ask again."""
-    trainer.skills = [0.34]
+    trainer.skills = [0.1]
     result = _coach(home)
     assert not result.promoted
     assert result.version is not None
