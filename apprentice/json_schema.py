@@ -464,14 +464,20 @@ def _branches(node: Mapping[str, Any]) -> _Canon:
     ]
 
     def of_the_first_that_fits(value: Any) -> Any:
-        # A value without its null fields may fit an earlier branch than the one that says they may be left out.
-        before = None
-        while True:
-            fits = ((i, w) for i, (check, canon) in enumerate(known) if check.is_valid(w := canon(value)))
-            at, value = next(fits, (before, value))
-            if at == before:
-                return value
-            before = at
+        refused: InvalidValue | None = None
+        for at, (check, canon) in enumerate(known):
+            try:
+                written = canon(value)
+            except InvalidValue as error:  # too large for this branch, perhaps not for the next
+                refused = error
+                continue
+            if check.is_valid(written):
+                # A value that was changed may now fit an earlier branch: without its null fields, say.
+                changed = at > 0 and compact_json(written) != compact_json(value)
+                return of_the_first_that_fits(written) if changed else written
+        if refused is not None:
+            raise refused
+        return value
 
     return of_the_first_that_fits
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -96,9 +97,12 @@ def read_json(text: str | bytes, *, name: str = "value") -> Any:
 
 def in_words(value: object, most: int = 60) -> str:
     """A value as an error quotes it: its repr, cut to ``most`` characters."""
-    # repr of a long value builds all of it
-    shown = repr(value[: most + 1]) if isinstance(value, str | bytes) else repr(value)
+    # repr of a long or deep value would build all of it
+    shown = repr(value[: most + 1]) if isinstance(value, str | bytes) else _SHORT.repr(value)
     return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+_SHORT = reprlib.Repr(maxlevel=4, maxdict=8, maxlist=8, maxtuple=8, maxset=8, maxstring=60, maxother=80)
 
 
 class _Walk:

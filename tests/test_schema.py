@@ -345,6 +345,34 @@ def test_equal_answers_are_equal_as_text() -> None:
     assert "64 bits" in refused(schema, {"i": 1e20, "f": 1, "e": 1})
 
 
+def test_a_value_moves_to_the_earliest_branch_that_it_fits_in_one_step() -> None:
+    """Without its null field it fits the first branch, whose number is written with a fraction."""
+    branches = [of(a={"type": "number"}), {"type": "object", "properties": {"a": WHOLE, "b": TEXT}, "required": ["a"]}]
+    schema = parse_schema(of(o={"anyOf": branches}))
+    once = schema.check({"o": {"a": 1, "b": None}})
+    assert Schema.dumps(once) == Schema.dumps(schema.check(once)) == '{"o":{"a":1.0}}'
+
+
+def test_what_is_too_large_for_one_branch_is_tried_in_the_next() -> None:
+    """2**63 is a number, and no integer that everybody can read."""
+    both = parse_schema(of(b={"anyOf": [{"type": ["integer", "null"]}, {"type": "number"}]}))
+    assert both.check({"b": 2.0**63}) == {"b": 2.0**63}
+    assert both.check({"b": None}) == {"b": None}
+    assert "64 bits" in refused(parse_schema(of(b={"anyOf": [WHOLE, {"type": "null"}]})), {"b": 2.0**63})
+
+
+def test_unions_within_unions_cost_what_they_are_long() -> None:
+    """Thirty within one another: a check that looked twice at each level would take a billion steps."""
+    node: dict[str, Any] = {"type": "integer"}
+    for _ in range(30):
+        node = {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 1}, {"type": "array", "items": node}]}
+    value: Any = 3.0
+    for _ in range(30):
+        value = [value]
+    schema = parse_schema(of(o=node))
+    assert Schema.dumps(schema.check({"o": value})) == '{"o":' + "[" * 30 + "3" + "]" * 30 + "}"
+
+
 def test_references_are_written_out_within_a_bound() -> None:
     """A few doubled references would be a million fields; a long list of them is no harm."""
     doubled = {f"d{i}": {"type": "array", "prefixItems": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(25)}
