@@ -18,7 +18,7 @@ from apprentice.errors import StoreError
 from apprentice.events.kinds import EventKind
 from apprentice.store import comparisons, counts, events, examples, holds, ledger, runs, states, totals, versions
 from apprentice.store.database import Database, StoreReplaced, Transaction, open_database
-from apprentice.store.migrations import migrate
+from apprentice.store.migrations import contract, migrate
 from apprentice.store.records import (
     CapWindow,
     ComparisonRecord,
@@ -73,6 +73,15 @@ class Store:
             database.close()
             raise
         return cls(database, clock)
+
+    @classmethod
+    def contract(cls, url: str) -> None:
+        """Take away the columns that only earlier releases use. No process of one may be left: it could not write."""
+        database = open_database(url)
+        try:
+            contract(database)
+        finally:
+            database.close()
 
     def close(self) -> None:
         """Let go of every connection. Idempotent."""
