@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefect.artifacts import create_table_artifact
 
 from apprentice.confidence.correlation import Tally, chance
 from apprentice.errors import EvaluatorError, OutputError, TrainingError
+from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import choose_probes
 from apprentice.schema import Schema
@@ -58,6 +60,9 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
         return Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
     advance(shop, run, "validate")
     trained = Trained(**_needed(bench))
+    # The run may have begun on another machine, or in a home that was moved since.
+    folder = adapter_folder(shop.settings.model_dir, run.task, trained.version, trained.folder)
+    trained = replace(trained, folder=str(folder))
     rows = list(read_rows(load_dataset(shop.datasets(run.task), run.data_digest).held_out))
     schema, takes = shop.task(run.task).output_schema, shop.task(run.task).input_schema
     evaluate = shop.judge.evaluator(run.task)

@@ -22,7 +22,10 @@ from prefect.settings import (
 from apprentice.errors import TrainingError
 from flows.coach import Busy, coach_task, due_reason, held_lease, prefect_at
 from flows.commands import rollback
+from flows.curate import curate_run
+from flows.finetune import finetune_run
 from flows.review import before, crown, follow
+from flows.runs import begin, run_of
 from flows.tracking import CANDIDATE, CHAMPION
 from flows.trainers import TrainingNotStarted
 from flows.workshop import Workshop
@@ -277,6 +280,20 @@ def test_a_candidate_that_was_refused_is_let_go(home: Any, trainer: Any) -> None
     assert not result.promoted
     assert result.version is not None
     assert home.engine.loaded() == []
+
+
+def test_a_run_goes_on_in_a_home_that_was_moved(home: Any, trainer: Any) -> None:
+    """Between training and validation; what the first step wrote down names a folder of the old place."""
+    shop = Workshop.open(home.settings)
+    run = begin(shop, "mood", "due")
+    curate_run(shop, run)
+    trained = finetune_run(shop, run_of(shop, "mood", run.id))
+    path = shop.bench(run) / "trained.json"
+    path.write_text(path.read_text().replace(str(home.settings.model_dir), "/another/machine/models"))
+    assert "/another/machine/models" in path.read_text()
+    shop.close()
+    result = _coach(home)
+    assert (result.version, result.promoted) == (trained.version, True)
 
 
 def test_a_version_without_its_folder_is_not_promoted_by_hand(home: Any, trainer: Any) -> None:
