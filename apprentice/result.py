@@ -22,8 +22,12 @@ class TaskStatus:
     """One task at one moment. What is not known yet is None.
 
     ``correlation`` and ``agreement`` are those of the served slice over the window in phase 3, of everything before;
-    ``correlation_interval`` is their 95 % interval. ``spent`` is all that was ever spent on the task, in USD: what is
-    billed, and what may be because a call's end is unknown. ``held`` is what calls in flight may still cost at most.
+    ``correlation_interval`` is their 95 % interval. ``accepted_agreement`` is that of the answers which the local model
+    was trusted with since its promotion, as far as a spot check could meet them, whatever the sampling rate was; the
+    ``unverified`` ones (the budget was used up, or the remote away) are in no figure of agreement.
+
+    ``spent`` is all that was ever spent on the task, in USD: what is billed, and what may be because a call's end is
+    unknown. ``held`` is what calls in flight may still cost at most.
     ``waits_for_coach`` says why the task is to be trained, if no coach is there to do it.
     """
 
@@ -35,6 +39,8 @@ class TaskStatus:
     correlation: float | None
     correlation_interval: tuple[float, float] | None
     agreement: float | None
+    accepted_agreement: float | None
+    unverified: float
     coverage: float
     threshold: float | None
     sampling_rate: float

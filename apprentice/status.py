@@ -54,6 +54,8 @@ def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: De
         correlation=correlation.value if correlation else None,
         correlation_interval=(correlation.low, correlation.high) if correlation else None,
         agreement=agreement.value if agreement else None,
+        accepted_agreement=figures.accepted_agreement,
+        unverified=figures.unverified,
         coverage=figures.coverage,
         threshold=state.threshold,
         sampling_rate=state.sampling_rate,
@@ -98,6 +100,10 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
         )
         if status.held:
             lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
+        if status.unverified >= 1:
+            lines.append(
+                f"{status.task}: {status.unverified:,.0f} local answers could not be checked; no figure has them"
+            )
         if status.waits_for_coach:
             lines.append(
                 f"[yellow]{status.task}: no coach is watching, and training is due ({status.waits_for_coach}); "

@@ -33,6 +33,8 @@ def observe_task(shop: Workshop, task: str) -> dict[str, float | str | None]:
         "correlation": scope.correlation.value if scope.correlation else None,
         "correlation_low": scope.correlation.low if scope.correlation else None,
         "agreement": scope.agreement.value if scope.agreement else None,
+        "accepted_agreement": figures.accepted_agreement,
+        "unverified": figures.unverified,
         "coverage": figures.coverage,
         "sampling_rate": state.sampling_rate,
         "phase": float(state.phase),

@@ -81,6 +81,8 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         correlation=0.834,
         correlation_interval=(0.71, 0.91),
         agreement=0.912,
+        accepted_agreement=0.93,
+        unverified=41.0,
         coverage=0.62,
         threshold=0.9,
         sampling_rate=0.11,
@@ -100,6 +102,7 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         ["c121c396deddaa8d", "coaching", "0.71..0.91"],
     ]
     assert "extract_entities: calls in flight hold $1.25 at most, beside what is spent" in shown.get()
+    assert "extract_entities: 41 local answers could not be checked; no figure has them" in shown.get()
     assert "extract_entities: training is due (drift)" in shown.get()
     assert "extract_entities: last alert drift (2026-11-23 10:00 UTC)" in shown.get()
 
