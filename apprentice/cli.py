@@ -22,6 +22,7 @@ __all__ = ["main"]
 # command -> module:object, and its line in the help
 _ELSEWHERE = {
     "serve": ("serving.command:serve", "Answer requests over HTTP."),
+    "abandon": ("flows.commands:abandon", "Close a task's unfinished training run for good."),
     "coach": ("flows.commands:coach", "Watch the store and train what is due, or one task now."),
     "observe": ("flows.commands:observe", "Write every task's correlation and cost to MLflow."),
     "promote": ("flows.commands:promote", "Make a version the champion of its task."),

@@ -19,6 +19,8 @@
     ├── EvaluatorError         an evaluator raised, or returned something that is no score
     ├── StoreError             the store cannot be opened, or was written by a newer Apprentice
     └── TrainingError          a training run cannot start or go on
+        ├── LeaseLost          another worker has it now; this one's writes are refused
+        └── ChosenMeanwhile    a person has chosen another champion since
 
 Messages say what went wrong, with which value, and what to do about it. None of them holds a secret: whatever text an
 error is made of is scrubbed (`apprentice.secrets`) when it is made.
@@ -35,12 +37,14 @@ from apprentice.secrets import scrub
 __all__ = [
     "ApprenticeError",
     "BudgetExceeded",
+    "ChosenMeanwhile",
     "ClientClosed",
     "ConfigError",
     "EngineRefused",
     "EngineUnavailable",
     "EvaluatorError",
     "InputError",
+    "LeaseLost",
     "LocalError",
     "MissingExtra",
     "OutputError",
@@ -258,3 +262,11 @@ class StoreError(ApprenticeError):
 
 class TrainingError(ApprenticeError):
     """A training run cannot start or go on; the message holds the remedy."""
+
+
+class LeaseLost(TrainingError):
+    """Another worker holds the lease now: what this one still wants to write is refused, and it stops."""
+
+
+class ChosenMeanwhile(TrainingError):
+    """A person has chosen a champion since: theirs stands."""

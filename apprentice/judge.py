@@ -47,7 +47,7 @@ from apprentice.sampling import tabulate
 from apprentice.schema import Schema
 from apprentice.store import Store
 from apprentice.store.database import within
-from apprentice.store.records import ComparisonRecord, EventRecord, StateChange, TaskState
+from apprentice.store.records import ComparisonRecord, EventRecord, PromotedBy, StateChange, TaskState
 from apprentice.time_limit import TimeLimit, TookTooLong
 
 __all__ = ["Judge", "evaluator_of", "trust_settings"]
@@ -355,12 +355,22 @@ class Judge:
     # ------------------------------------------------------------- from the coach
 
     def promote(
-        self, task: str, version: str, seed: Sequence[ComparisonRecord], *, attempts: int = 1, reason: str
+        self,
+        task: str,
+        version: str,
+        seed: Sequence[ComparisonRecord],
+        *,
+        attempts: int = 1,
+        reason: str,
+        how: PromotedBy = "gate",
+        by: str = "the gate",
+        since: int | None = None,
     ) -> TaskState:
         """Make ``version`` the task's champion; its held-out comparisons are the first evidence for or against it.
 
         A version that was champion before goes on from all that it had earned, for as long as that is remembered and
-        the target is the same. The champion, its policy, the comparisons and the events change in one transaction.
+        the target is the same. The champion, its policy, the comparisons and the events change in one transaction. Who
+        wanted it, and since which promotion nobody else may have: see `Store.promote`.
         """
         settings = self._settings[task]
         weighed = weigh_seed(seed, settings, self.evaluator(task), self._draw)
@@ -380,7 +390,7 @@ class Judge:
 
         with self._locks[task]:
             self._known.clear()
-            return self._store.promote(task, version, change, reason)
+            return self._store.promote(task, version, change, reason, how=how, by=by, since=since)
 
     def refuse(self, task: str, reason: str) -> None:
         """A retrained candidate did not pass the gate: versions that are under alarm serve no longer."""

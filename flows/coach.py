@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prefect import flow
+from prefect import State, flow, tags
+from prefect.exceptions import CancelledRun
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.settings import (
     PREFECT_API_URL,
@@ -22,33 +21,31 @@ from prefect.settings import (
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     temporary_settings,
 )
+from prefect.states import Cancelled
 
 from apprentice import secrets
 from apprentice.config import Settings
-from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, MissingExtra, TrainingError
+from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, LeaseLost, MissingExtra, TrainingError
+from apprentice.events.kinds import EventKind
 from apprentice.local.engine import Engine
 from apprentice.store import Store
-from apprentice.store.records import EventRecord, Lease, RunRecord
-from flows.bill import close_training
+from apprentice.store.records import RunRecord, RunState
+from flows.cancellation import Cancellation, RunCancelled
 from flows.curate import curate
 from flows.due import training_due
 from flows.finetune import finetune
+from flows.lease import held_lease, training_lease, worker
 from flows.promote import promote
-from flows.runs import begin, last_run, run_of
+from flows.runs import begin, close_run, interrupt, last_run, run_of
 from flows.validate import validate
-from flows.workshop import Workshop, at_hand
+from flows.workshop import Workshop, at_hand, workshop
 
-__all__ = ["Busy", "CoachResult", "coach", "coach_task", "due_reason", "held_lease", "prefect_at"]
+__all__ = ["CoachResult", "abandon", "coach", "coach_task", "due_reason", "prefect_at"]
 
-LEASE_S = 60.0
 MOST_ATTEMPTS = 3
 _log = secrets.logger("apprentice.coach")
 # What trying again cannot help.
 _FINAL = (TrainingError, ConfigError, MissingExtra, BudgetExceeded)
-
-
-class Busy(TrainingError):
-    """Another worker holds the task's lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +58,43 @@ class CoachResult:
     trained_on: int
     held_out: int
     wall_s: float
+    state: RunState = "completed"
+
+    @property
+    def in_words(self) -> str:
+        """What became of it, in one line."""
+        ended = {
+            "completed": "promoted",
+            "rejected": "not promoted",
+            "waits_for_review": "waits for review",
+            "failed": "failed",
+            "cancelled": "cancelled",
+        }
+        return f"{self.version or 'no version'} {ended.get(self.state, self.state)}: {self.reason}"
 
 
 @flow(name="coach", flow_run_name="coach-{task}", log_prints=False)
-def coach(config: str, task: str, run: str) -> bool:
+def coach(config: str, task: str, run: str) -> bool | State[Any]:
     """The whole of one training run; True where its version became champion."""
-    curate(config, task, run)
-    finetune(config, task, run)
-    validate(config, task, run)
-    return promote(config, task, run)
+    try:
+        with workshop(config, task) as shop:
+            for check in shop.checks:
+                check()
+            curate(config, task, run)
+            finetune(config, task, run)
+            validate(config, task, run)
+            return promote(config, task, run)
+    except RunCancelled as cancelled:
+        return Cancelled(message=str(cancelled))
 
 
-def due_reason(settings: Settings, store: Store, task: str) -> str | None:
-    """Why a task is to be trained now, or None."""
+def due_reason(settings: Settings, store: Store, task: str, *, now: float | None = None) -> str | None:
+    """Why a task is to be trained at ``now`` (Unix seconds), or None."""
     unfinished = store.open_run(task)
     if unfinished is not None:
         return f"resumes: {unfinished.reason}"
     state = store.policy_row(task)
-    last = last_run(store.runs(task))
+    last = last_run(store.runs(task), time.time() if now is None else now)
     local = settings.local
     return training_due(
         store.count_examples(task),
@@ -104,32 +120,74 @@ def coach_task(
 
     ``engine`` is the one that serves, where it lives in this process too. ``progress`` hears each step's name and the
     share of it done. A run that fails is tried three times, an error that trying again cannot help once; then it is
-    closed, alerted, and told in the result. Raises `TrainingError` while another worker trains the task.
+    closed, alerted, and told in the result. Raises `flows.lease.Busy` while another worker trains the task, and
+    `LeaseLost` where another has taken the task over.
     """
     started = time.monotonic()
-    shop = Workshop.open(settings, engine_in_use=engine, clock=clock, progress=progress)
+    opened = Workshop.open(settings, engine_in_use=engine, clock=clock, progress=progress)
     try:
-        with held_lease(shop.store, task):
+        with held_lease(opened.store, task) as held:
+            cancellation = Cancellation()
+            shop = opened.under(held, cancellation.check)
             run = begin(shop, task, reason)
             if run.attempts > MOST_ATTEMPTS:
                 again = f"the worker was killed {MOST_ATTEMPTS} times in the step {run.step!r}; see its memory and disk"
                 return _result(shop, _fail(shop, run, again), time.monotonic() - started)
             shop.judge.training_started(task)
-            with prefect_at(settings), at_hand(shop):
-                run = _carry_out(shop, run)
+            with prefect_at(settings), at_hand(shop), tags(f"task:{task}"):
+                try:
+                    run = _carry_out(shop, run)
+                except Exception:
+                    raise
+                except BaseException as stop:  # a signal: a person's cancellation, or a machine that goes away
+                    if cancellation.is_asked_for():
+                        close_run(shop, run, "cancelled", "cancelled in Prefect")
+                    else:
+                        interrupt(shop, run, type(stop).__name__)
+                    raise
             return _result(shop, run, time.monotonic() - started)
     finally:
-        shop.close()
+        opened.close()
+
+
+def abandon(settings: Settings, task: str, *, reason: str) -> RunRecord | None:
+    """Close a task's unfinished run for good, also one that is being worked on: its worker stops at its next step.
+
+    None where there is no unfinished run.
+    """
+    opened = Workshop.open(settings)
+    try:
+        lease = opened.store.take_lease(training_lease(task), worker(), 60.0)
+        try:
+            run = opened.store.open_run(task)
+            if run is None:
+                return None
+            closed = close_run(opened, run, "cancelled", reason)
+            evidence = {"run": run.id, "step": run.step, "reason": reason}
+            opened.alerts.emit(EventKind.TRAINING_CANCELLED, task, evidence, about=run.id)
+            return closed
+        finally:
+            opened.store.release_lease(lease)
+    finally:
+        opened.close()
 
 
 def _carry_out(shop: Workshop, run: RunRecord) -> RunRecord:
     while True:
         try:
-            promoted = coach(str(shop.settings.source), run.task, run.id)
+            coach(str(shop.settings.source), run.task, run.id)
+        except LeaseLost:
+            raise
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             run = run_of(shop, run.task, run.id)
+            if run.state != "running":  # its version is judged, and only the record of it in Prefect failed
+                _log.warning("%s: the run %s is over, but: %s", run.task, run.id, message)
+                return run
+            if isinstance(error, CancelledRun | RunCancelled):
+                return close_run(shop, run, "cancelled", "cancelled in Prefect")
             if is_outage(error):
+                _tell_outage(shop, run, message)
                 raise TrainingError(
                     f"a server of the training flows cannot be reached ({message}); the run is kept"
                 ) from error
@@ -141,9 +199,7 @@ def _carry_out(shop: Workshop, run: RunRecord) -> RunRecord:
             if not isinstance(error, ApprenticeError):
                 raise
             return run
-        run = shop.store.update_run(run.id, state="completed" if promoted else "rejected", error="")
-        _end_tracked(shop, run, failed=False)
-        return run
+        return run_of(shop, run.task, run.id)
 
 
 def _where(run: RunRecord) -> str:
@@ -165,21 +221,20 @@ def is_outage(error: BaseException) -> bool:
     return False
 
 
+def _tell_outage(shop: Workshop, run: RunRecord, message: str) -> None:
+    """Say once that a run waits for a server: it is tried for ever, and somebody should know what it waits for."""
+    if not run.error.startswith("waits: "):
+        evidence = {"run": run.id, "step": run.step, "cause": message}
+        shop.alerts.emit(EventKind.TRAINING_WAITS, run.task, evidence, about=run.id)
+    shop.store.update_run(run.id, error=f"waits: {message}", attempts=max(1, run.attempts - 1))
+
+
 def _fail(shop: Workshop, run: RunRecord, message: str) -> RunRecord:
     """Close a run for good, and alert."""
-    close_training(shop, run)
-    run = shop.store.update_run(run.id, state="failed", error=message)
+    run = close_run(shop, run, "failed", message)
     evidence = {"run": run.id, "step": run.step, "attempts": run.attempts, "error": run.error}
-    shop.store.add_event(EventRecord(uuid.uuid4().hex, run.task, "training_failed", "critical", evidence, shop.clock()))
-    shop.alerts.announce("training_failed", run.task, evidence, "critical")
-    _end_tracked(shop, run, failed=True)
+    shop.alerts.emit(EventKind.TRAINING_FAILED, run.task, evidence, about=run.id)
     return run
-
-
-def _end_tracked(shop: Workshop, run: RunRecord, *, failed: bool) -> None:
-    # The run's fate is in the store already; a registry that is down must not change it.
-    with contextlib.suppress(Exception):
-        shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}").end(failed=failed)
 
 
 def _result(shop: Workshop, run: RunRecord, wall_s: float) -> CoachResult:
@@ -191,34 +246,8 @@ def _result(shop: Workshop, run: RunRecord, wall_s: float) -> CoachResult:
         trained_on=version.trained_on if version else 0,
         held_out=version.held_out if version else 0,
         wall_s=wall_s,
+        state=run.state,
     )
-
-
-@contextlib.contextmanager
-def held_lease(store: Store, task: str) -> Iterator[None]:
-    """Hold the right to train a task, renewed by a thread of its own. A worker that dies loses it within `LEASE_S`.
-
-    Raises `Busy` while another has it.
-    """
-    owner = f"{os.getpid()}/{uuid.uuid4().hex[:8]}"
-    taken = store.acquire_lease(f"coach:{task}", owner, LEASE_S)
-    if taken is None:
-        raise Busy(f"another worker is training {task!r}; wait until it is done, or {LEASE_S:.0f} s if it has died")
-    lease: Lease = taken
-    over = threading.Event()
-
-    def renew() -> None:
-        while not over.wait(LEASE_S / 4):
-            store.renew_lease(lease, LEASE_S)
-
-    keeper = threading.Thread(target=renew, name=f"lease-{task}", daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        over.set()
-        keeper.join()
-        store.release_lease(lease)
 
 
 @contextlib.contextmanager

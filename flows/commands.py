@@ -1,8 +1,10 @@
-"""The commands of this room: apprentice coach, observe, promote, rollback, up."""
+"""The commands of this room: apprentice coach, abandon, observe, promote, rollback, up."""
 
 from __future__ import annotations
 
+import getpass
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from apprentice.cli import config_option
 from apprentice.config import Settings, load_settings
 from apprentice.errors import Problem as _Problem
 from apprentice.errors import TrainingError, UnknownTask
+from apprentice.store.records import PromotedBy
 
-__all__ = ["coach", "observe", "promote", "rollback", "up"]
+__all__ = ["abandon", "coach", "observe", "promote", "rollback", "up"]
 
 
 def _settings(config: Path, task: str | None = None) -> Settings:
@@ -52,8 +55,7 @@ def coach(task: str | None, config: Path, now: bool) -> None:
                 reason="asked for by a person",
                 progress=lambda step, done: bar.update(shown, description=step, completed=done),
             )
-        click.echo(f"{task}: {result.version or 'no version'}, {'promoted' if result.promoted else 'not promoted'}")
-        click.echo(f"{result.reason} ({result.trained_on} examples, {result.wall_s:.0f} s)")
+        click.echo(f"{task}: {result.in_words} ({result.trained_on} examples, {result.wall_s:.0f} s)")
         if result.version is None:
             raise SystemExit(1)
         return
@@ -66,9 +68,7 @@ def coach(task: str | None, config: Path, now: bool) -> None:
     watch(
         settings,
         stop=stop,
-        told=lambda name, result: click.echo(
-            f"{name}: {result.version} {'promoted' if result.promoted else 'not promoted'}: {result.reason}"
-        ),
+        told=lambda name, result: click.echo(f"{name}: {result.in_words}"),
     )
 
 
@@ -84,41 +84,68 @@ def observe(config: Path) -> None:
         click.echo(f"observed {flow(str(config.resolve()))} champions of {len(settings.tasks)} tasks")
 
 
+_reason = click.option("--reason", default="", help="Why; kept with the promotion and shown in MLflow.")
+
+
+@click.command()
+@click.argument("task")
+@config_option
+@click.option("--reason", default="abandoned by a person", show_default=True, help="Why; kept with the run.")
+def abandon(task: str, config: Path, reason: str) -> None:
+    """Close the unfinished training run of TASK for good; a worker that is at it stops."""
+    from flows.coach import abandon as close
+
+    run = close(_settings(config, task), task, reason=f"{reason} ({_person()})")
+    if run is None:
+        raise TrainingError(f"task {task!r} has no unfinished training run")
+    click.echo(f"{task}: the run {run.id} is cancelled; apprentice coach {task} --now starts another")
+
+
 @click.command()
 @click.argument("task")
 @click.argument("version")
 @config_option
-def promote(task: str, version: str, config: Path) -> None:
-    """Make VERSION (its name, or its number in MLflow) the champion of TASK."""
-    _crown(task, version, config)
+@_reason
+def promote(task: str, version: str, config: Path, reason: str) -> None:
+    """Make VERSION (its name, or its number in MLflow) the champion of TASK. Does not wait for a training run."""
+    _choose(task, version, config, how="person", reason=reason)
 
 
 @click.command()
 @click.argument("task")
 @click.argument("version", required=False)
 @config_option
-def rollback(task: str, version: str | None, config: Path) -> None:
-    """Go back to the champion before this one, or to VERSION."""
-    _crown(task, version, config)
+@_reason
+def rollback(task: str, version: str | None, config: Path, reason: str) -> None:
+    """Go back to the champion before this one, or to VERSION. Does not wait for a training run.
+
+    The version that is left counts as no good: nothing goes back to it by itself. apprentice promote undoes it.
+    """
+    _choose(task, version, config, how="rollback", reason=reason)
 
 
-def _crown(task: str, name: str | None, config: Path) -> None:
-    from flows.coach import held_lease
-    from flows.review import before, crown
+def _choose(task: str, name: str | None, config: Path, *, how: PromotedBy, reason: str) -> None:
+    from flows.review import choose, previous_champion, version_named
     from flows.workshop import Workshop
 
     shop = Workshop.open(_settings(config, task))
     try:
-        version = before(shop, task, name)
+        version = version_named(shop, task, name) if name is not None else previous_champion(shop, task)
         champion = shop.store.policy_row(task).champion
         if version.name == champion:
             raise TrainingError(f"{version.name} is the champion of {task!r} already")
         shop.require_adapter(version)
-        with held_lease(shop.store, task):
-            crown(shop, version, reason="chosen on the command line")
+        choose(shop, version, how=how, by=_person(), reason=reason or "no reason given")
         click.echo(f"{task}: {champion} -> {version.name}; routers follow within seconds")
     finally:
         shop.close()
+
+
+def _person() -> str:
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # a container whose user has no name
+        return f"somebody@{socket.gethostname()}"
 
 
 @click.command()

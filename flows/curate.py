@@ -16,10 +16,10 @@ __all__ = ["curate", "curate_run"]
 _DISAGREEMENTS = 500  # the newest comparisons that scored below 1, at most
 
 
-@flow(name="curate", log_prints=False)
+@flow(name="curate", flow_run_name="curate-{task}", log_prints=False)
 def curate(config: str, task: str, run: str) -> str:
     """Curate a run's examples; returns the dataset's digest."""
-    with workshop(config) as shop:
+    with workshop(config, task) as shop:
         dataset = curate_run(shop, run_of(shop, task, run))
     create_markdown_artifact(
         dataset.card.markdown(dataset.digest), key=f"dataset-{task.replace('_', '-')}", description="Dataset card"
@@ -42,7 +42,7 @@ def curate_run(shop: Workshop, run: RunRecord) -> CuratedDataset:
             held_out=training.held_out,
             max_held_out=training.max_held_out,
             recent_disagreements=shop.store.recent_disagreements(run.task, _DISAGREEMENTS),
-            progress=lambda done: shop.progress("curate", done),
+            progress=lambda done: shop.advanced("curate", done),
         )
         shop.store.update_run(run.id, data_digest=dataset.digest)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")

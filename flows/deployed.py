@@ -1,30 +1,85 @@
-"""The flow that a Prefect schedule starts: train whatever is due. `apprentice coach` does it without a schedule."""
+"""The flows that Prefect's deployments start: look for what is due, and train one task.
+
+`apprentice coach` does both without Prefect's schedules.
+"""
 
 from __future__ import annotations
 
-from prefect import flow
+from typing import Any
+
+from prefect import State, flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled
 
 from apprentice.config import load_settings
-from flows.coach import Busy, coach_task
-from flows.dispatch import due_tasks
+from apprentice.errors import TrainingError
+from flows.coach import coach_task
+from flows.dispatch import due_tasks, follow_all, say_watched
+from flows.lease import Busy, training_lease, worker
 from flows.workshop import Workshop
 
-__all__ = ["coach_due"]
+__all__ = ["TRAIN", "coach_due", "train"]
+
+TRAIN = "train/coach"
+"""The deployment of `train`."""
+_WATCHED_S = 900.0  # three times the schedule's interval
 
 
 @flow(name="coach-due", log_prints=False)
 def coach_due(config: str) -> dict[str, str]:
-    """Train every task of a config that is due, escalations first; returns how each run ended."""
+    """Start a run of `train` for every task that is due and not in training yet; returns what was found of each.
+
+    It also carries aliases that people have moved in MLflow into the store.
+    """
     settings = load_settings(config)
     shop = Workshop.open(settings)
+    found = {}
     try:
-        due = due_tasks(settings, shop)
+        say_watched(shop, worker(), _WATCHED_S)
+        follow_all(shop)
+        for task, reason in due_tasks(settings, shop):
+            if shop.store.lease(training_lease(task)) is not None:
+                found[task] = "is in training"
+            elif _waits(task):
+                found[task] = "waits for a worker"
+            else:
+                found[task] = f"started, because: {reason}"
+                _start(config, task, reason)
     finally:
         shop.close()
-    ended = {}
-    for task, reason in due:
-        try:
-            ended[task] = coach_task(settings, task, reason=reason).reason
-        except Busy as busy:
-            ended[task] = str(busy)
-    return ended
+    return found
+
+
+@flow(name="train", flow_run_name="train-{task}", log_prints=False)
+def train(config: str, task: str, reason: str = "asked for in Prefect") -> str | State[Any]:
+    """Train one task now, or resume its unfinished run; returns how that ended. If training fails, the flow does."""
+    try:
+        result = coach_task(load_settings(config), task, reason=reason)
+    except Busy as busy:
+        return Cancelled(message=str(busy))
+    if result.state == "cancelled":
+        return Cancelled(message=result.in_words)
+    if result.state == "failed":
+        raise TrainingError(result.in_words)
+    return result.in_words
+
+
+def _waits(task: str) -> bool:
+    """Whether a run of this task is on its way to a worker. One that runs holds the task's lease."""
+    on_its_way = FlowRunFilter.model_validate(
+        {"tags": {"all_": [f"task:{task}"]}, "state": {"type": {"any_": [StateType.SCHEDULED, StateType.PENDING]}}}
+    )
+    with get_client(sync_client=True) as client:
+        return bool(client.read_flow_runs(flow_run_filter=on_its_way, limit=1))
+
+
+def _start(config: str, task: str, reason: str) -> None:
+    parameters = {"config": config, "task": task, "reason": reason}
+    try:
+        run_deployment(TRAIN, parameters=parameters, timeout=0, tags=[f"task:{task}"], as_subflow=False)
+    except ObjectNotFound as error:
+        raise TrainingError(f"Prefect has no deployment {TRAIN}; run prefect deploy --all") from error

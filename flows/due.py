@@ -6,13 +6,19 @@ from dataclasses import dataclass
 
 __all__ = ["LastRun", "training_due"]
 
+_AGAIN_S, _AGAIN_AT_MOST_S = 900.0, 86_400.0
+
 
 @dataclass(frozen=True, slots=True)
 class LastRun:
-    """The newest finished run of a task: how many examples there were, and whether it broke down."""
+    """The newest finished run of a task: how many examples there were, and if it broke down, when.
+
+    ``failures`` counts the runs that broke down in a row, ``ended_s_ago`` is the time since the last of them.
+    """
 
     corpus_size: int
-    failed: bool = False
+    failures: int = 0
+    ended_s_ago: float = 0.0
 
 
 def training_due(
@@ -30,10 +36,14 @@ def training_due(
     The first run is due at ``first_at`` examples. Later ones are due when ``batch`` new examples have come and the
     corpus grew by the share ``growth``: runs then cost together at most (1 + growth) / growth times the last one, so
     the bill stays linear in the traffic. An escalation is due at once, provided there is anything new to learn from.
-    While nothing is promoted, half the growth is enough: the first version is worth the most.
+    While nothing is promoted, half the growth is enough: the first version is worth the most. A run that broke down is
+    tried again after a quarter of an hour, then after twice as long each time, a day at most.
     """
     if last is None:
         return f"{examples} examples, {first_at} needed for the first run" if examples >= first_at else None
+    if last.failures and last.ended_s_ago >= min(_AGAIN_S * 2 ** (last.failures - 1), _AGAIN_AT_MOST_S):
+        times = "once" if last.failures == 1 else f"{last.failures} times in a row"
+        return f"tries again: it failed {times}"
     new = examples - last.corpus_size
     if escalated and new > 0:
         return f"escalated: {escalated}" if not escalated.startswith("escalated") else escalated

@@ -26,7 +26,7 @@ __all__ = ["finetune", "finetune_run"]
 _log = secrets.logger("apprentice.coach")
 
 
-@flow(name="finetune", log_prints=False)
+@flow(name="finetune", flow_run_name="finetune-{task}", log_prints=False)
 def finetune(config: str, task: str, run: str) -> str:
     """Train a run's dataset; returns the version's name."""
     artifact: list[Any] = []
@@ -38,7 +38,7 @@ def finetune(config: str, task: str, run: str) -> str:
             )
         update_progress_artifact(artifact_id=artifact[0], progress=100.0 * done)
 
-    with workshop(config) as shop:
+    with workshop(config, task) as shop:
         return finetune_run(shop, run_of(shop, task, run), show=show).version
 
 
@@ -65,7 +65,7 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
                 at_s=shop.clock(),
                 step=progress.step,
             )
-        shop.progress("finetune", progress.fraction)
+        shop.advanced("finetune", progress.fraction)
         now = time.monotonic()
         if now - shown_at[0] > 2.0 or progress.step == progress.steps:
             shown_at[0] = now
@@ -111,6 +111,7 @@ def training_job(shop: Workshop, run: RunRecord, dataset: Path) -> TrainingJob:
 
 
 def _register(shop: Workshop, run: RunRecord, adapter: TrainedAdapter, *, held_out: int, tracked: Any) -> Trained:
+    shop.confirm()
     tracked.params({**adapter.recipe, "base_model": adapter.base_model, "trained_on": adapter.trained_on})
     tracked.params({f"toolchain.{name}": version for name, version in adapter.toolchain.items()})
     tracked.metrics({"train_wall_s": adapter.wall_s, "train_tokens": float(adapter.tokens)}, at_s=shop.clock())

@@ -3,43 +3,56 @@
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from apprentice.store.records import ComparisonRecord, RunRecord, VersionRecord
+from apprentice.errors import ChosenMeanwhile
+from apprentice.events.kinds import EventKind
+from apprentice.store.records import ComparisonRecord, PromotedBy, PromotionRecord, RunRecord, RunState, VersionRecord
 from flows.dataset import Card, load_dataset, write_whole
 from flows.gate import Evidence, Pair, Verdict, decide
 from flows.promotion_record import promotion_record
-from flows.runs import advance, run_of
+from flows.runs import advance, close_run, run_of
 from flows.steps import Validated
-from flows.tracking import CANDIDATE
+from flows.tracking import CANDIDATE, CHAMPION
 from flows.validate import validate_run
 from flows.workshop import Workshop, workshop
 
-__all__ = ["make_champion", "promote", "promote_run"]
+__all__ = ["make_champion", "promote", "promote_run", "register_champion", "seeds", "show_statuses"]
 
 
-@flow(name="promote", log_prints=False)
+@flow(name="promote", flow_run_name="promote-{task}", log_prints=False)
 def promote(config: str, task: str, run: str) -> bool:
     """Hold a run's candidate to the gate; True where it became champion."""
-    with workshop(config) as shop:
+    with workshop(config, task) as shop:
         verdict, record = promote_run(shop, run_of(shop, task, run))
     create_markdown_artifact(record, key=f"promotion-{task.replace('_', '-')}", description="Promotion record")
     return verdict.promoted
 
 
 def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
-    """Decide, and carry the decision out. Each part can be repeated: a killed run comes here again."""
+    """Decide, carry the decision out, and close the run. Each part can be repeated: a killed run comes here again.
+
+    A person's word stands: over a champion chosen since the run began, and over a version rolled back or refused
+    before, nothing is promoted by itself.
+    """
     validated = validate_run(shop, run)
     version = shop.store.version(run.task, validated.version)
     if version is None:
         raise LookupError(f"the store holds no version {validated.version!r} of {run.task!r}; run finetune again")
     advance(shop, run, "promote")
-    shop.progress("promote", 0.0)
+    shop.advanced("promote", 0.0)
     task = shop.task(run.task)
-    already = shop.store.policy_row(run.task).champion == version.name
+    champion = shop.store.policy_row(run.task).champion
+    serving = shop.store.version(run.task, champion) if champion is not None else None
+    if serving is not None and shop.tracking.aliased(run.task, CHAMPION) == champion != shop.tracking.agreed(run.task):
+        register_champion(shop, serving)  # whoever promoted it died half-way
+    promotions = [p for p in shop.store.promotions(run.task) if p.seq > run.promotions_seen]
+    # Promoted by a worker that was killed since, or trained again, to the byte, by a run of its own.
+    already = champion == version.name or any(p.version == version.name and p.how == "gate" for p in promotions)
     verdict = decide(
         evidence(validated, serving=validated.champion is not None and shop.store.policy_row(run.task).phase == 3),
         coaching_trigger=task.confidence_thresholds.coaching_trigger,
@@ -47,25 +60,71 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
     )
     if already:  # a worker was killed between the store and the registry
         verdict = Verdict(True, version.reason, verdict.checks)
-    waits = verdict.promoted and task.promotion == "review" and not already
+    if not already and version.status == "rejected":
+        verdict = Verdict(False, version.reason, verdict.checks)
+    why = None
+    if verdict.promoted and not already:
+        why = _needs_a_person(shop, version, promotions) or ("" if task.promotion == "review" else None)
+    waits = why is not None
     card = load_dataset(shop.datasets(run.task), run.data_digest).card
     record = promotion_record(version, run, validated, verdict, card, waits=waits)
     _write_record(shop, version, run, verdict, record, card)
-    if waits:
-        shop.store.set_version_status(
-            run.task, version.name, "candidate", "passed the gate; waits for a person to move the alias champion"
-        )
-        return Verdict(False, "passed the gate; waits for review", verdict.checks), record
-    if verdict.promoted:
-        make_champion(shop, version, seed=seeds(shop, run, validated), reason=verdict.reason)
+    if verdict.promoted and why is None:
+        try:
+            if not already:
+                seed = seeds(shop, run, validated)
+                make_champion(shop, version, seed=seed, reason=verdict.reason, since=run.promotions_seen)
+            elif champion == version.name:
+                register_champion(shop, version)
+        except ChosenMeanwhile as chosen:
+            why = str(chosen)
+    shop.advanced("promote", 1.0)
+    state: RunState
+    if why is not None:
+        state, verdict = "waits_for_review", _wait(shop, version, verdict, why)
+    elif verdict.promoted:
+        state = "completed"
     else:
-        shop.store.set_version_status(run.task, version.name, "rejected", verdict.reason)
-        shop.engine.unload(version.name)  # nobody will ask it again; a server may be shared and is not ours to fill
-        shop.judge.refuse(run.task, verdict.reason)
-        if version.mlflow_version is not None:
-            shop.tracking.drop_alias(run.task, CANDIDATE)
-    shop.progress("promote", 1.0)
+        state = "rejected"
+        _refuse(shop, version, verdict.reason)
+    close_run(shop, run, state)
     return verdict, record
+
+
+def _needs_a_person(shop: Workshop, version: VersionRecord, since: list[PromotionRecord]) -> str | None:
+    """Why a version that passed the gate is not promoted by itself, or None."""
+    chosen = [p for p in since if p.how != "gate"]
+    if chosen:
+        return f"{chosen[-1].by} made {chosen[-1].version} champion after this run had begun"
+    if version.status == "rolled_back":
+        return f"it was rolled back before ({version.reason})"
+    moved = shop.tracking.moved(version.task)
+    if moved is not None:
+        return f"the alias champion was moved to {moved}"
+    return None
+
+
+def _wait(shop: Workshop, version: VersionRecord, verdict: Verdict, why: str) -> Verdict:
+    reason = "passed the gate; waits for review" + (f": {why}" if why else "")
+    if version.status != "rolled_back":
+        shop.store.set_version_status(version.task, version.name, "candidate", reason)
+    told = shop.store.latest_event(version.task, "waits_for_review")
+    if told is None or told.evidence.get("version") != version.name:
+        evidence = {"version": version.name, "mlflow_version": version.mlflow_version, "reason": reason}
+        remedy = f"move the alias champion to it in MLflow, or run apprentice promote {version.task} {version.name}"
+        shop.alerts.emit(
+            EventKind.WAITS_FOR_REVIEW, version.task, {**evidence, "to_promote_it": remedy}, about=version.name
+        )
+    return Verdict(False, reason, verdict.checks)
+
+
+def _refuse(shop: Workshop, version: VersionRecord, reason: str) -> None:
+    shop.store.set_version_status(version.task, version.name, "rejected", reason)
+    shop.engine.unload(version.name)  # nobody will ask it again; a server may be shared and is not ours to fill
+    shop.judge.refuse(version.task, reason)
+    if version.mlflow_version is not None and shop.tracking.aliased(version.task, CANDIDATE) == version.name:
+        shop.tracking.drop_alias(version.task, CANDIDATE)
+    show_statuses(shop, version.task)
 
 
 def evidence(validated: Validated, *, serving: bool) -> Evidence:
@@ -114,15 +173,55 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
     ]
 
 
-def make_champion(shop: Workshop, version: VersionRecord, *, seed: list[ComparisonRecord], reason: str) -> None:
-    """Switch the policy in one transaction, then the registry's aliases. Nothing happens twice."""
+def make_champion(
+    shop: Workshop,
+    version: VersionRecord,
+    *,
+    seed: list[ComparisonRecord],
+    reason: str,
+    how: PromotedBy = "gate",
+    by: str = "the gate",
+    since: int | None = None,
+) -> None:
+    """Switch the policy in one transaction, then the registry's aliases. Nothing happens twice.
+
+    Raises `ChosenMeanwhile` where a person has chosen after the promotion ``since``.
+    """
     if shop.store.policy_row(version.task).champion != version.name:
         attempts = _attempts(shop.store.versions(version.task), version)
-        shop.judge.promote(version.task, version.name, seed, attempts=attempts, reason=reason)
-    if version.mlflow_version is not None:
-        shop.tracking.crown(version.task, version.name, version.mlflow_version)
-        if shop.tracking.aliased(version.task, CANDIDATE) == version.name:
-            shop.tracking.drop_alias(version.task, CANDIDATE)
+        shop.judge.promote(
+            version.task, version.name, seed, attempts=attempts, reason=reason, how=how, by=by, since=since
+        )
+    register_champion(shop, version, over_a_persons_move=how != "gate")
+
+
+def register_champion(shop: Workshop, version: VersionRecord, *, over_a_persons_move: bool = False) -> None:
+    """Let the registry follow the store.
+
+    An alias that a person has moved meanwhile is left for `review.follow`, unless it was a person who chose since.
+    """
+    task = version.task
+    number = shop.tracking.number_of(task, version.name)
+    takes = number is not None and (over_a_persons_move or shop.tracking.moved(task) in (None, version.name))
+    if number is not None and takes:
+        shop.tracking.set_alias(task, CHAMPION, number)
+        if shop.tracking.aliased(task, CANDIDATE) == version.name:
+            shop.tracking.drop_alias(task, CANDIDATE)
+    show_statuses(shop, task)
+    if takes:
+        shop.tracking.agree(task, version.name)  # last: until then the next look does all of it again
+
+
+def show_statuses(shop: Workshop, task: str) -> None:
+    """Let every registered version's tags say what became of it in the store, and by whom."""
+    promotions = {p.version: p for p in shop.store.promotions(task)}
+    for version in shop.store.versions(task):
+        tags = {"apprentice.status": version.status, "apprentice.reason": version.reason[:4000]}
+        if version.name in promotions:
+            last = promotions[version.name]
+            at = datetime.fromtimestamp(last.at, UTC)
+            tags["apprentice.promoted_by"] = f"{last.by}, {at:%Y-%m-%d %H:%M} UTC: {last.reason}"[:4000]
+        shop.tracking.show_status(task, version.name, tags)
 
 
 def _attempts(versions: list[VersionRecord], version: VersionRecord) -> int:
@@ -141,14 +240,11 @@ def _write_record(
     folder = shop.version_folder(version)
     if folder is not None:
         write_whole(folder / "promotion.md", record)
-    if version.mlflow_version is None:
-        return
     tags: dict[str, Any] = {
-        "apprentice.status": "passed" if verdict.promoted else "rejected",
-        "apprentice.reason": verdict.reason[:4000],
+        "apprentice.verdict": "passed" if verdict.promoted else "refused",
         "apprentice.teachers": ", ".join(f"{model} {n}" for model, n in card.models.items())[:4000],
         **{f"apprentice.{name}": f"{value:.4f}" for name, value in verdict.figures().items()},
     }
-    shop.tracking.describe(run.task, version.mlflow_version, description=record, tags=tags)
+    shop.tracking.describe(run.task, version.name, description=record, tags=tags)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.text(record, "promotion.md")

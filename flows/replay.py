@@ -36,7 +36,8 @@ from apprentice.schema import Schema
 from apprentice.store import Store
 from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor
-from flows.coach import LEASE_S, Busy, CoachResult, coach_task, due_reason
+from flows.coach import CoachResult, coach_task, due_reason
+from flows.lease import LEASE_S, Busy
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
 from flows.traffic import Recorded, read_traffic
 
@@ -233,7 +234,7 @@ def summarise(moments: list[Moment], store: Store, task_name: str, wall_s: float
             {
                 "version": version.name,
                 "trained_on": version.trained_on,
-                "promoted": version.status in ("champion", "retired"),
+                "promoted": version.status in ("champion", "retired", "rolled_back"),
                 "reason": version.reason,
                 "at_request": sum(1 for m in moments if m.at <= version.created_at),
             }

@@ -9,20 +9,21 @@ second of anything.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from apprentice import secrets
 from apprentice.config import Settings
-from apprentice.errors import MissingExtra
+from apprentice.errors import MissingExtra, TrainingError
 
 try:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param, RunStatus, RunTag
+    from mlflow.entities import Metric, Param, RunTag, ViewType
     from mlflow.exceptions import MlflowException
 except ImportError:  # a folder of this checkout is called mlflow too, so a missing library is no ModuleNotFoundError
     raise MissingExtra("tracking training runs", "flows") from None
@@ -40,21 +41,32 @@ def model_name(task: str) -> str:
 
 
 class Tracking:
-    """The tracking server and model registry that the configuration names."""
+    """The tracking server and model registry that the configuration names.
 
-    def __init__(self, settings: Settings) -> None:
+    What people delete there must not stop training: it is restored, or made anew under another name, and ``told`` hears
+    of it: the task, and what was found and done.
+    """
+
+    def __init__(self, settings: Settings, told: Callable[[str, dict[str, Any]], None] = lambda *_: None) -> None:
         # A server that is down is waited for by whoever asked (`flows.coach`), not for minutes inside every call.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
+        self._told = told
         self._artifacts = None if settings.tracking.uri else settings.tracking_artifacts
 
     def run(self, task: str, run_id: str, *, name: str) -> TrackedRun:
-        """The MLflow run of a training run, created when it is first asked for."""
+        """The MLflow run of a training run, created when it is first asked for, and running."""
         experiment = self._experiment(task)
-        found = self._client.search_runs([experiment], filter_string=f"tags.`{_RUN_TAG}` = '{run_id}'", max_results=1)
+        found = self._client.search_runs(
+            [experiment], filter_string=f"tags.`{_RUN_TAG}` = '{run_id}'", run_view_type=ViewType.ALL, max_results=1
+        )
         if found:
-            return TrackedRun(self._client, found[0].info.run_id)
+            info = found[0].info
+            self._restored(task, info)
+            if info.status != "RUNNING":
+                self._client.update_run(info.run_id, status="RUNNING")
+            return TrackedRun(self._client, info.run_id)
         tags = {_RUN_TAG: run_id, "apprentice.task": task, "mlflow.runName": name}
         return TrackedRun(self._client, self._client.create_run(experiment, tags=tags).info.run_id)
 
@@ -82,16 +94,31 @@ class Tracking:
 
     def number_of(self, task: str, version: str) -> str | None:
         """MLflow's number of a version, None where it is not registered."""
-        found = self._client.search_model_versions(
-            f"name = '{model_name(task)}' and tags.`{_VERSION_TAG}` = '{version}'"
-        )
-        return str(found[0].version) if found else None
+        found = self._version(task, version)
+        return str(found.version) if found else None
 
-    def describe(self, task: str, number: str, *, description: str, tags: Mapping[str, str]) -> None:
-        """Replace a version's description, and set tags on it."""
+    def describe(self, task: str, version: str, *, description: str, tags: Mapping[str, str]) -> None:
+        """Replace a version's description, and set tags on it; nothing where the registry has it no longer."""
+        number = self.number_of(task, version)
+        if number is None:
+            return
         self._client.update_model_version(model_name(task), number, description=description)
         for key, value in tags.items():
             self._client.set_model_version_tag(model_name(task), number, key, value)
+
+    def show_status(self, task: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags on a version where they differ, and let its description begin with what it is now."""
+        found = self._version(task, version)
+        if found is None or all(found.tags.get(key) == value for key, value in tags.items()):
+            return
+        for key, value in tags.items():
+            self._client.set_model_version_tag(model_name(task), found.version, key, value)
+        said = f"**{tags['apprentice.status'].replace('_', ' ')}**: "
+        said += tags.get("apprentice.promoted_by") or tags["apprentice.reason"]
+        text = found.description or ""
+        if text.startswith("**") and "\n\n" in text:
+            text = text.split("\n\n", 1)[1]
+        self._client.update_model_version(model_name(task), found.version, description=f"{said}\n\n{text}")
 
     def set_alias(self, task: str, alias: str, number: str) -> None:
         """Point an alias at a version."""
@@ -112,9 +139,8 @@ class Tracking:
             raise
         return found.tags.get(_VERSION_TAG)
 
-    def crown(self, task: str, version: str, number: str) -> None:
-        """Point the alias `champion` at a version, and remember that the store agrees."""
-        self.set_alias(task, CHAMPION, number)
+    def agree(self, task: str, version: str) -> None:
+        """Remember that the alias `champion` and the store name the same version."""
         self._client.set_registered_model_tag(model_name(task), _AGREED_TAG, version)
 
     def agreed(self, task: str) -> str | None:
@@ -127,24 +153,64 @@ class Tracking:
             raise
         return str(found) if found else None
 
-    def run_of_version(self, task: str, number: str) -> TrackedRun | None:
-        """The run that trained a version."""
-        found = self._client.get_model_version(model_name(task), number)
-        return TrackedRun(self._client, found.run_id) if found.run_id else None
+    def moved(self, task: str) -> str | None:
+        """The version to which a person has moved the alias `champion` since store and registry agreed, or None."""
+        alias = self.aliased(task, CHAMPION)
+        return alias if alias is not None and alias != self.agreed(task) else None
+
+    def run_of_version(self, task: str, version: str) -> TrackedRun | None:
+        """The run that trained a version; None where the registry has one of them no longer."""
+        found = self._version(task, version)
+        if found is None or not found.run_id:
+            return None
+        try:
+            info = self._client.get_run(found.run_id).info
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        self._restored(task, info)
+        return TrackedRun(self._client, found.run_id)
+
+    def _version(self, task: str, version: str) -> Any:
+        found = self._client.search_model_versions(
+            f"name = '{model_name(task)}' and tags.`{_VERSION_TAG}` = '{version}'"
+        )
+        return found[0] if found else None
+
+    def _restored(self, task: str, info: Any) -> None:
+        """Take a run that was deleted out of the bin."""
+        if info.lifecycle_stage == "deleted":
+            self._experiment(task)  # in the bin too, it would take no run
+            if self._client.get_run(info.run_id).info.lifecycle_stage == "deleted":
+                self._client.restore_run(info.run_id)
+                self._told(task, {"deleted": f"run {info.run_id}", "done": "restored"})
 
     def _experiment(self, task: str) -> str:
-        name = model_name(task)
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        try:
-            location = f"{self._artifacts}/{task}" if self._artifacts else None
-            return str(self._client.create_experiment(name, artifact_location=location))
-        except MlflowException:
-            found = self._client.get_experiment_by_name(name)  # somebody was quicker
+        """The task's experiment, created when it is first asked for.
+
+        One that was deleted keeps its name until it is purged: it is restored, else the next name is taken.
+        """
+        for number in itertools.count(1):
+            name = model_name(task) if number == 1 else f"{model_name(task)}.{number}"
+            found = self._client.get_experiment_by_name(name)
             if found is None:
-                raise
+                location = f"{self._artifacts}/{task}" if self._artifacts else None
+                with contextlib.suppress(MlflowException):  # somebody was quicker
+                    self._client.create_experiment(name, artifact_location=location)
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise TrainingError(f"MLflow lets nobody create the experiment {name!r}; see the server's log")
+            if found.lifecycle_stage == "active":
+                return str(found.experiment_id)
+            try:
+                self._client.restore_experiment(found.experiment_id)
+            except MlflowException as error:
+                self._told(task, {"deleted": f"experiment {name}", "done": f"left alone, another is used: {error}"})
+                continue
+            self._told(task, {"deleted": f"experiment {name}", "done": "restored"})
             return str(found.experiment_id)
+        raise AssertionError("itertools.count ended")
 
 
 class TrackedRun:
@@ -216,9 +282,9 @@ class TrackedRun:
         finally:
             monitor.finish()  # type: ignore[no-untyped-call]
 
-    def end(self, *, failed: bool = False) -> None:
-        """Close the run."""
-        self._client.set_terminated(self.id, RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED))
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.id, status)
 
 
 @contextlib.contextmanager

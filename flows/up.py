@@ -18,11 +18,11 @@ import httpx
 from apprentice import secrets
 from apprentice.config import Settings
 from apprentice.errors import TrainingError
+from flows.process_group import stop_group
 
 __all__ = ["Member", "members", "run_together"]
 
 _READY_S = 180.0
-_STOP_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def members(settings: Settings, config: Path, *, port: int, prefect_port: int, m
     python, here = sys.executable, "127.0.0.1"
     prefect_url, mlflow_url = f"http://{here}:{prefect_port}", f"http://{here}:{mlflow_port}"
     home = {"PREFECT_HOME": str(settings.root / ".prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    flows = {**home, "PREFECT_API_URL": f"{prefect_url}/api"}
+    flows = {**home, "PREFECT_API_URL": f"{prefect_url}/api", "PREFECT_LOGGING_EXTRA_LOGGERS": "apprentice"}
     store = ("--backend-store-uri", settings.tracking_uri, "--artifacts-destination", settings.tracking_artifacts)
     mlflow = ("mlflow", "server", "--host", here, "--port", str(mlflow_port), "--workers", "1", *store)
     apprentice = (python, "-c", "from apprentice.cli import main; main()")
@@ -99,7 +99,7 @@ def run_together(settings: Settings, config: Path, *, port: int, prefect_port: i
                     raise _failed(member, process, logs)
     finally:
         for member, process in reversed(running):
-            _stop(process)
+            stop_group(process)
             click.echo(f"{member.name:<8} stopped")
 
 
@@ -126,13 +126,3 @@ def _ready(member: Member, process: subprocess.Popen[bytes], stop: threading.Eve
 def _failed(member: Member, process: subprocess.Popen[bytes], logs: Path) -> TrainingError:
     how = f"did not answer within {_READY_S:.0f} s" if process.poll() is None else "ended by itself"
     return TrainingError(f"{member.name} {how}; read {logs / member.name}.log. Everything was stopped.")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process and its children to end, then insist."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_S)
-            return

@@ -33,10 +33,10 @@ _PROBES = 24
 _BASE = "base-of-"
 
 
-@flow(name="validate", log_prints=False)
+@flow(name="validate", flow_run_name="validate-{task}", log_prints=False)
 def validate(config: str, task: str, run: str) -> float:
     """Judge a run's candidate on the held-out examples; returns its correlation with the remote."""
-    with workshop(config) as shop:
+    with workshop(config, task) as shop:
         result = validate_run(shop, run_of(shop, task, run))
     rows: list[dict[str, Any]] = [
         {"figure": "agreement", "value": result.agreement, "low": result.agreement_low, "high": result.agreement_high},
@@ -70,7 +70,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
     inputs = [row.input for row in rows]
-    answers = _answer_all(engine, trained.version, inputs, lambda done: shop.progress("validate", done))
+    answers = _answer_all(engine, trained.version, inputs, lambda done: shop.advanced("validate", done))
     rate = len(rows) / max(time.monotonic() - started, 1e-9)
     champion = shop.store.policy_row(run.task).champion
     champion_scores: dict[str, float] = {}

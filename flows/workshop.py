@@ -11,38 +11,49 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apprentice import secrets
 from apprentice.alerts import Alerts
 from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings, load_settings
 from apprentice.errors import TrainingError
+from apprentice.events.kinds import EventKind
 from apprentice.judge import Judge
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine
 from apprentice.store import Store
 from apprentice.store.records import RunRecord, VersionRecord
+from flows.lease import HeldLease, held_lease
 
 if TYPE_CHECKING:
     from flows.tracking import Tracking
 
 __all__ = ["Workshop", "at_hand", "workshop"]
 
+_log = secrets.logger("apprentice.coach")
 _lent: ContextVar[Workshop | None] = ContextVar("workshop", default=None)
 
 
 @dataclass
 class Workshop:
-    """Everything the steps of a training run share. ``progress`` hears of each step: its name and the share done."""
+    """Everything the steps of a training run share. ``progress`` hears of each step: its name and the share done.
+
+    ``checks`` raise where the run must not go on; `advanced` asks them. ``confirm`` asks the store whether the lease is
+    still held: before MLflow is written to, which no fence of the store's protects.
+    """
 
     settings: Settings
     store: Store
     engine_in_use: Engine | None = None
     clock: Callable[[], float] = time.time
     progress: Callable[[str, float], None] = lambda _step, _done: None
+    checks: tuple[Callable[[], None], ...] = ()
+    confirm: Callable[[], None] = lambda: None
+    _ledger: Store | None = None
     _own: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
@@ -54,6 +65,28 @@ class Workshop:
         shop._own.append(store.close)
         _ = shop.alerts  # from now on it tells whatever the store commits
         return shop
+
+    def under(self, held: HeldLease, *checks: Callable[[], None]) -> Workshop:
+        """This workshop for a run under a lease: what it writes is refused, and the run stops, when that is lost.
+
+        Money is written all the same: a bill is a fact, whoever may train.
+        """
+        alerts = self.alerts  # first, since the fenced store tells whom this one tells
+        fenced = self.store.fenced(held.lease)
+        checks = (held.check, *checks)
+        ledger = self._ledger or self.store
+        shop = replace(self, store=fenced, checks=checks, confirm=held.confirm, _ledger=ledger)
+        shop.__dict__["alerts"] = alerts
+        return shop
+
+    def advanced(self, step: str, done: float) -> None:
+        """Tell how far a step is, and stop the run where its lease is lost or a person has cancelled it."""
+        for check in self.checks:
+            check()
+        self.progress(step, done)
+
+    def _tell_deleted(self, task: str, found: dict[str, Any]) -> None:
+        self.alerts.emit(EventKind.REGISTRY_RESTORED, task, found, about=str(found["deleted"]))
 
     def task(self, name: str) -> TaskSettings:
         """A task's settings."""
@@ -76,7 +109,7 @@ class Workshop:
         """The caps, which hold for a vendor's training too."""
         caps = {task.name: task.budget for task in self.settings.tasks}
         _ = self.alerts  # hears of the caps' events from the store
-        return Budget(self.store, self.settings.budget, caps, clock=self.clock)
+        return Budget(self._ledger or self.store, self.settings.budget, caps, clock=self.clock)
 
     @cached_property
     def tracking(self) -> Tracking:
@@ -84,7 +117,7 @@ class Workshop:
         from flows.tracking import Tracking, quiet
 
         with quiet():
-            return Tracking(self.settings)
+            return Tracking(self.settings, self._tell_deleted)
 
     @cached_property
     def engine(self) -> Engine:
@@ -131,9 +164,12 @@ class Workshop:
         return folder
 
     def close(self) -> None:
-        """Release what was opened here, not what was lent."""
+        """Release what was opened here, not what was lent; all of it, whatever fails on the way."""
         while self._own:
-            self._own.pop()()
+            try:
+                self._own.pop()()
+            except Exception:  # noqa: BLE001  # the rest must be released too, and a run that is over stays over
+                _log.warning("something could not be closed", exc_info=True)
 
 
 @contextlib.contextmanager
@@ -147,15 +183,22 @@ def at_hand(shop: Workshop) -> Iterator[Workshop]:
 
 
 @contextlib.contextmanager
-def workshop(config: str) -> Iterator[Workshop]:
-    """The workshop that was lent, else one opened from a config file for as long as it is needed."""
+def workshop(config: str, task: str | None = None) -> Iterator[Workshop]:
+    """The workshop that was lent, else one opened from a config file for as long as it is needed.
+
+    The one that is opened for a ``task`` holds its lease: a step by hand does not run beside a coach. Raises `Busy`.
+    """
     lent = _lent.get()
     if lent is not None:
         yield lent
         return
     shop = Workshop.open(load_settings(config))
     try:
-        with at_hand(shop):
-            yield shop
+        if task is None:
+            with at_hand(shop):
+                yield shop
+        else:
+            with held_lease(shop.store, task) as held, at_hand(shop.under(held)) as own:
+                yield own
     finally:
         shop.close()

@@ -45,11 +45,6 @@ class EventKind(StrEnum):
         "info",
         "A version of the local model became the champion.",
     )
-    CHOSEN = (
-        "chosen",
-        "info",
-        "A version was made champion by hand, with the alias in MLflow or with `apprentice promote` or `rollback`.",
-    )
     CERTIFIED = (
         "certified",
         "info",
@@ -221,8 +216,32 @@ class EventKind(StrEnum):
     TRAINING_FAILED = (
         "training_failed",
         "critical",
-        "A training run ended with an error, and is not tried again by itself.",
-        "Mend the cause in the evidence, then run `apprentice coach TASK --now`.",
+        "A training run ended with an error. It is tried again after a quarter of an hour, then after twice as long.",
+        "Mend the cause in the evidence; `apprentice coach TASK --now` does not wait.",
+    )
+    TRAINING_WAITS = (
+        "training_waits",
+        "warning",
+        "A training run waits for a server that does not answer, and goes on when it does.",
+        "Look at the server that the cause names: Prefect, MLflow, or the vendor that trains. "
+        "`apprentice abandon TASK` gives the run up.",
+    )
+    TRAINING_CANCELLED = (
+        "training_cancelled",
+        "info",
+        "A person cancelled a training run, in Prefect or with `apprentice abandon`.",
+    )
+    WAITS_FOR_REVIEW = (
+        "waits_for_review",
+        "warning",
+        "A version passed the gate and waits for a person, because the task asks for it or a person has chosen since.",
+        "Read the version's page in MLflow; move the alias `champion` to it, or run `apprentice promote TASK VERSION`.",
+    )
+    REGISTRY_RESTORED = (
+        "registry_restored",
+        "warning",
+        "An experiment or run that training needs was deleted in MLflow, and was restored or replaced.",
+        "Nothing, if that is well. Delete a task's records only after it is taken out of apprentice.yaml.",
     )
     NO_COACH = (
         "no_coach",

@@ -24,6 +24,7 @@ _page = (
     .limit(bindparam("b_limit"))
 )
 _count = select(func.count()).where(examples.c.task == bindparam("b_task"), examples.c.seq > bindparam("b_after"))
+_extent = select(func.count(), func.max(examples.c.seq)).where(examples.c.task == bindparam("b_task"))
 
 _newest_inputs = (
     select(examples.c.input)
@@ -67,6 +68,11 @@ def page(tx: Transaction, task: str, after: int, limit: int) -> list[ExampleReco
 
 def count(tx: Transaction, task: str, after: int) -> int:
     return int(tx.run(_count, {"b_task": task, "b_after": after}).fetchone()[0])
+
+
+def extent(tx: Transaction, task: str) -> tuple[int, int]:
+    number, last = tx.run(_extent, {"b_task": task}).fetchone()
+    return int(number), int(last or 0)
 
 
 def newest_inputs(tx: Transaction, task: str, limit: int) -> list[str]:

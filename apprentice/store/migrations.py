@@ -311,6 +311,25 @@ def bind_caps_and_name_windows(op: Operations) -> None:
     )
 
 
+def create_promotions(op: Operations) -> None:
+    """Who became champion, when and by whom. Of older ones only the order in which they were trained is known."""
+    op.create_table(
+        "promotions",
+        _seq(),
+        *_texts("task", "version"),
+        Column("previous", Text),
+        *_texts("was", "how", "by", "reason"),
+        *_floats("at"),
+    )
+    op.create_index("promotions_task", "promotions", ["task", "seq"])
+    op.execute(
+        "INSERT INTO promotions (task, version, was, how, by, reason, at) "
+        "SELECT task, name, 'candidate', 'gate', '', reason, created_at FROM versions "
+        "WHERE status IN ('retired', 'champion') ORDER BY CASE status WHEN 'champion' THEN 1 ELSE 0 END, seq"
+    )
+    op.add_column("runs", Column("promotions_seen", BigInteger, nullable=False, server_default="0"))
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -324,6 +343,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_version_states,
     create_version_holds,
     bind_caps_and_name_windows,
+    create_promotions,
 )
 LATEST = len(_STEPS)
 

@@ -39,8 +39,9 @@ __all__ = [
 NANO = Decimal(1_000_000_000)
 """Nano-dollars in a dollar; money is kept in whole ones."""
 
-type RunState = Literal["running", "completed", "failed", "rejected"]
-type VersionStatus = Literal["candidate", "champion", "rejected", "retired"]
+type RunState = Literal["running", "completed", "failed", "rejected", "waits_for_review", "cancelled"]
+type VersionStatus = Literal["candidate", "champion", "rejected", "retired", "rolled_back"]
+type PromotedBy = Literal["gate", "person", "rollback"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,11 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A training run. ``data_high_water`` is the last example's ``seq`` that it may have read."""
+    """A training run. ``data_high_water`` is the last example's ``seq`` that it may have read.
+
+    ``promotions_seen`` is the ``seq`` of the task's last promotion when it began: the gate does not overrule what a
+    person has decided since.
+    """
 
     id: str
     task: str
@@ -194,6 +199,25 @@ class RunRecord:
     error: str
     started_at: float
     finished_at: float | None
+    promotions_seen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionRecord:
+    """A change of champion: which version, instead of which, what its status was before, and who wanted it and why.
+
+    ``how`` is "gate", "person", or "rollback": a person went back to it because the version before was no good.
+    """
+
+    task: str
+    version: str
+    previous: str | None
+    was: VersionStatus
+    how: PromotedBy
+    by: str
+    reason: str
+    at: float
+    seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -29,6 +30,8 @@ from apprentice.store.records import (
     ExampleTotals,
     Held,
     Lease,
+    PromotedBy,
+    PromotionRecord,
     Reservation,
     RunRecord,
     Settlement,
@@ -210,6 +213,11 @@ class Store:
         with self._read() as tx:
             return examples.count(tx, task, after or 0)
 
+    def corpus(self, task: str) -> tuple[int, int]:
+        """How many examples a task has, and the ``seq`` of the last of them (0 if there is none)."""
+        with self._database.read() as tx:
+            return examples.extent(tx, task)
+
     def newest_inputs(self, task: str, limit: int) -> list[str]:
         """The inputs of the newest examples as JSON text, the newest first."""
         with self._read() as tx:
@@ -270,15 +278,31 @@ class Store:
             return versions.one(tx, task, name)
 
     def promote(
-        self, task: str, name: str, change: Callable[[TaskState, TaskState], StateChange], reason: str
+        self,
+        task: str,
+        name: str,
+        change: Callable[[TaskState, TaskState], StateChange],
+        reason: str,
+        *,
+        how: PromotedBy = "gate",
+        by: str = "the gate",
+        since: int | None = None,
     ) -> TaskState:
-        """Make a version the champion: retire the old one and write the new one's state, in one transaction.
+        """Make a version the champion: leave the old one and write the new one's state, in one transaction.
 
         ``change`` is given the state of the champion before it, and its own, which may be from an earlier time as
-        champion. What the old one had learnt stays with it.
+        champion. What the old one had learnt stays with it. One event tells of it, with what ``change`` says in it.
+
+        With ``since`` (a promotion's ``seq``) nothing happens where a person has chosen a champion after it: raises
+        `ChosenMeanwhile`.
         """
         with self._write(durable=True) as tx:
-            return versions.promote(tx, task, name, change, reason, self._clock())
+            return versions.promote(tx, task, name, change, reason, self._clock(), how=how, by=by, since=since)
+
+    def promotions(self, task: str) -> list[PromotionRecord]:
+        """Every change of a task's champion, the oldest first."""
+        with self._database.read() as tx:
+            return versions.history(tx, task)
 
     # runs and leases
 
@@ -302,12 +326,13 @@ class Store:
             finished_at=None,
         )
         with self._write(durable=True) as tx:
-            return runs.start(tx, run)
+            promoted = versions.history(tx, task)
+            return runs.start(tx, replace(run, promotions_seen=promoted[-1].seq if promoted else 0))
 
     def update_run(self, run_id: str, **changes: Any) -> RunRecord:
         """Change state, step, corpus_size, data_digest, version, attempts, error or finished_at of a run.
 
-        ``finished_at`` is set by itself when the state leaves "running".
+        ``finished_at`` is set by itself when the state leaves "running". Raises `TrainingError` where it has ended.
         """
         with self._write(durable=True) as tx:
             return runs.update_run(tx, run_id, self._clock(), changes)
@@ -327,10 +352,21 @@ class Store:
         with self._write() as tx:
             return runs.acquire(tx, name, owner, ttl_s, self._clock())
 
+    def take_lease(self, name: str, owner: str, ttl_s: float) -> Lease:
+        """Take a lease from whoever holds it: everything they still want to write behind its fence is refused."""
+        with self._write() as tx:
+            return runs.take(tx, name, owner, ttl_s, self._clock())
+
     def lease(self, name: str) -> Lease | None:
         """Who holds a lease now; None where nobody does."""
         with self._database.read() as tx:
             return runs.lease(tx, name, self._clock())
+
+    def fenced(self, lease: Lease) -> Store:
+        """This store, whose every write is refused with `LeaseLost` as soon as another has taken the lease."""
+        fenced = Store(runs.FencedDatabase(self._database, lease), self._clock)
+        fenced._listener = self._listener
+        return fenced
 
     def renew_lease(self, lease: Lease, ttl_s: float = 60.0) -> Lease | None:
         """Hold on to a lease; None when it was lost to another owner."""

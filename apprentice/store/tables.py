@@ -20,6 +20,7 @@ __all__ = [
     "examples",
     "leases",
     "metadata",
+    "promotions",
     "runs",
     "tasks",
     "version_holds",
@@ -143,6 +144,22 @@ versions = Table(
 )
 Index("versions_name", versions.c.task, versions.c.name, unique=True)
 
+# Every change of champion, in the order in which they happened: what a rollback goes back along.
+promotions = Table(
+    "promotions",
+    metadata,
+    _seq(),
+    Column("task", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("previous", Text),
+    Column("was", Text, nullable=False),
+    Column("how", Text, nullable=False),
+    Column("by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+Index("promotions_task", promotions.c.task, promotions.c.seq)
+
 runs = Table(
     "runs",
     metadata,
@@ -160,6 +177,7 @@ runs = Table(
     Column("error", Text, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),
+    Column("promotions_seen", BigInteger, nullable=False, server_default="0"),
 )
 Index("runs_id", runs.c.id, unique=True)
 Index("runs_task", runs.c.task, runs.c.seq)

@@ -6,6 +6,7 @@ Axolotl pins torch and transformers, so it lives in an environment of its own; a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from apprentice.local.base_model import load_tokenizer, resolve_base_model
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from apprentice.secrets import HUB_TOKENS, child_environment
+from flows.process_group import stop_group
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.trainers.labelled import write_labelled
 from flows.trainers.peft import adopt, toolchain
@@ -32,6 +34,7 @@ from flows.trainers.recipe import Recipe, choose
 __all__ = ["AxolotlTrainer", "axolotl_config"]
 
 _TAIL = 4000  # characters of its output that an error quotes
+_LOOK_S = 1.0
 
 
 def axolotl_config(recipe: Recipe, *, base: str, data: Path, output: Path, max_length: int) -> dict[str, Any]:
@@ -103,16 +106,7 @@ class AxolotlTrainer:
         config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         steps = recipe.steps(count)
         progress(Progress(0, steps, None, 0, 0.0))
-        done = subprocess.run(
-            [*self._command, "train", str(config)],
-            env=child_environment(os.environ, keep=HUB_TOKENS),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise TrainingError(f"axolotl ended with {done.returncode}; its last words: {done.stdout[-_TAIL:]}")
+        self._run(config, lambda: progress(Progress(0, steps, None, 0, self._clock() - started)))
         elapsed_s = self._clock() - started
         Frame.of_tokenizer(tokenizer).save(output)
         _keep_only_the_adapter(output)
@@ -131,6 +125,30 @@ class AxolotlTrainer:
             recipe=recipe.as_dict(),
             toolchain=toolchain("axolotl", "torch", "transformers", "peft"),
         )
+
+    def _run(self, config: Path, still_at_it: Callable[[], None]) -> None:
+        """Axolotl to its end. Where ``still_at_it`` raises, as it does when the run is cancelled, it is stopped."""
+        log = config.parent / "axolotl.log"
+        with log.open("wb") as out:
+            # A group of its own, so that the processes it starts on each GPU end with it.
+            process = subprocess.Popen(
+                [*self._command, "train", str(config)],
+                env=child_environment(os.environ, keep=HUB_TOKENS),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None:
+                    still_at_it()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_LOOK_S)
+            finally:
+                if process.poll() is None:
+                    stop_group(process)
+        if process.returncode != 0:
+            said = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+            raise TrainingError(f"axolotl ended with {process.returncode}; its last words: {said}")
 
 
 def _keep_only_the_adapter(output: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from click.testing import CliRunner
 from prefect.settings import (
@@ -19,15 +22,19 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from apprentice.errors import TrainingError
-from flows.coach import Busy, coach_task, due_reason, held_lease, prefect_at
+from apprentice.errors import LeaseLost, StoreError, TrainingError
+from apprentice.store import Store
+from apprentice.store.records import Lease
+from flows.coach import abandon, coach_task, due_reason, prefect_at
 from flows.commands import rollback
 from flows.curate import curate_run
 from flows.finetune import finetune_run
-from flows.review import before, crown, follow
+from flows.lease import Busy, held_lease
+from flows.observe import observe_all
+from flows.review import choose, follow, previous_champion, version_named
 from flows.runs import begin, run_of
 from flows.tracking import CANDIDATE, CHAMPION
-from flows.trainers import TrainingNotStarted
+from flows.trainers import Progress, TrainingNotStarted
 from flows.workshop import Workshop
 from tests.conftest import Webhook
 
@@ -171,7 +178,6 @@ def test_a_run_that_fails_is_posted_to_the_webhook(make_home: Any, trainer: Any,
 
 def test_a_vendors_training_is_paid_for_once(make_home: Any, trainer: Any) -> None:
     """Reserved before, settled to the bill after, also where the run was resumed; no answer's mean price changes."""
-    import httpx
 
     home = make_home(budget={"daily": 1})
     home.teach(60)
@@ -228,7 +234,6 @@ def test_training_that_no_cap_has_room_for_is_not_begun(make_home: Any, trainer:
 
 def test_an_outage_keeps_the_run(home: Any, trainer: Any) -> None:
     """A server that cannot be reached costs no attempt; the run goes on when it is back."""
-    import httpx
 
     trainer.failures = [httpx.ConnectError("refused")] * 5
     for _ in range(5):
@@ -275,7 +280,7 @@ def test_review_waits_for_a_person(make_home: Callable[..., Any], trainer: Any) 
 
 def test_a_candidate_that_was_refused_is_let_go(home: Any, trainer: Any) -> None:
     """A server that several processes share keeps nothing that nobody will ask again."""
-    trainer.skills = [0.1]
+    trainer.skills = [0.0]
     result = _coach(home)
     assert not result.promoted
     assert result.version is not None
@@ -317,7 +322,7 @@ def test_a_rollback_by_hand_or_by_alias_is_followed(home: Any, trainer: Any) -> 
     home.teach(300)
     second = _coach(home)
     shop = Workshop.open(home.settings)
-    crown(shop, before(shop, "mood", None), reason="by hand")
+    choose(shop, previous_champion(shop, "mood"), how="rollback", by="ann", reason="it is too cheerful")
     assert home.store.policy_row("mood").champion == first.version
     assert shop.tracking.aliased("mood", CHAMPION) == first.version
     shop.tracking.set_alias("mood", CHAMPION, shop.tracking.number_of("mood", second.version))
@@ -334,7 +339,8 @@ def test_a_promotion_that_died_before_the_registry_is_finished(home: Any, traine
     second = _coach(home)
     shop = Workshop.open(home.settings)
     tracking = shop.tracking
-    tracking.crown("mood", first.version, tracking.number_of("mood", first.version))
+    tracking.set_alias("mood", CHAMPION, tracking.number_of("mood", first.version))
+    tracking.agree("mood", first.version)
     assert follow(shop, "mood") is None
     assert home.store.policy_row("mood").champion == second.version
     assert tracking.aliased("mood", CHAMPION) == second.version
@@ -350,6 +356,7 @@ def test_a_champion_that_the_registry_lost_serves_on(home: Any, trainer: Any) ->
     assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
     client.delete_registered_model("apprentice.mood")
     assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
+    shop.alerts.flush()
     told = [e for e in home.store.events("mood") if e.level == "warning"]
     assert [(e.kind, e.evidence["serving"]) for e in told] == [("unregistered_champion", first.version)]
     assert home.store.policy_row("mood").champion == first.version
@@ -365,6 +372,7 @@ def test_an_alias_on_a_version_that_the_store_has_not_changes_nothing(home: Any,
     strange = client.create_model_version("apprentice.mood", source="runs:/0/adapter", tags=tags)
     client.set_registered_model_alias("apprentice.mood", CHAMPION, strange.version)
     assert [follow(shop, "mood") for _ in range(3)] == [None] * 3
+    shop.alerts.flush()
     told = [e for e in home.store.events("mood") if e.level == "warning"]
     assert [(e.evidence["alias"], e.evidence["serving"]) for e in told] == [("of-another-store", first.version)]
     assert home.store.policy_row("mood").champion == first.version
@@ -376,9 +384,9 @@ def test_a_version_nobody_has_is_named(home: Any, trainer: Any) -> None:
     _coach(home)
     shop = Workshop.open(home.settings)
     with pytest.raises(TrainingError, match="nothing to go back to"):
-        before(shop, "mood", None)
+        previous_champion(shop, "mood")
     with pytest.raises(TrainingError, match=r"it has v90of\d+ \(champion\)"):
-        before(shop, "mood", "nonsense")
+        version_named(shop, "mood", "nonsense")
     shop.close()
 
 
@@ -395,3 +403,258 @@ def test_prefect_is_given_time_to_start(home: Any, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "7")
         with prefect_at(home.settings):
             assert PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value() == 7
+
+
+def test_going_back_twice_goes_back_two_champions(home: Any, trainer: Any) -> None:
+    """Along the order in which they were champions; what was rolled back or refused is not come back to."""
+    trainer.skills = [0.5, 0.6, 0.7, 0.95]
+    names = []
+    for _ in range(4):
+        names.append(_coach(home).version)
+        home.teach(300)
+    champions = [p.version for p in home.store.promotions("mood")]
+    assert len(champions) >= 3
+    refused = next((n for n in names if n not in champions), None)
+    shop = Workshop.open(home.settings)
+    if refused is not None:  # a person's own choice of what the gate refused is nothing to go back to either
+        choose(shop, home.store.version("mood", refused), how="person", by="ann", reason="I like it")
+        champions.append(refused)
+    runner, config = CliRunner(), ["--config", str(home.config), "--reason", "it is too cheerful"]
+    for expected in reversed(champions[:-1]):
+        assert runner.invoke(rollback, ["mood", *config]).exit_code == 0
+        assert home.store.policy_row("mood").champion == expected
+    assert "nothing to go back to" in str(runner.invoke(rollback, ["mood", *config]).exception)
+    last = home.store.promotions("mood")[-1]
+    assert (last.how, last.reason) == ("rollback", "it is too cheerful")
+    assert "@" in last.by
+    told = [e for e in home.store.events("mood") if e.kind == "promoted"]
+    assert len(told) == len(home.store.promotions("mood"))
+    client = shop.tracking._client
+    tags = {v.tags["apprentice.version"]: v.tags for v in client.search_model_versions("name = 'apprentice.mood'")}
+    for version in home.store.versions("mood"):
+        assert tags[version.name]["apprentice.status"] == version.status
+    assert "it is too cheerful" in tags[champions[0]]["apprentice.promoted_by"]
+    shop.close()
+
+
+def test_a_rollback_does_not_wait_for_a_run_and_is_not_overruled_by_it(home: Any, trainer: Any) -> None:
+    """Alias moved while a run holds the lease: followed at once, and the run's better candidate waits for a person."""
+    trainer.skills = [0.5, 0.6, 0.95]
+    first = _coach(home)
+    home.teach(300)
+    second = _coach(home)
+    home.teach(300)
+    shop = Workshop.open(home.settings)
+
+    def roll_back(step: str, done: float) -> None:
+        if step == "finetune" and done == 1.0:
+            assert shop.store.lease("coach:mood") is not None
+            shop.tracking.set_alias("mood", CHAMPION, shop.tracking.number_of("mood", first.version))
+            assert follow(shop, "mood") == first.version
+
+    third = _coach(home, progress=roll_back)
+    assert (third.promoted, third.state) == (False, "waits_for_review")
+    assert "made" in third.reason
+    assert home.store.policy_row("mood").champion == first.version
+    assert home.store.version("mood", second.version).status == "rolled_back"
+    (told,) = [e for e in home.store.events("mood") if e.kind == "waits_for_review"]
+    assert (told.level, told.evidence["version"]) == ("warning", third.version)
+    choose(shop, home.store.version("mood", third.version), how="person", by="ann", reason="reviewed")
+    assert home.store.runs("mood")[-1].state == "completed"
+    assert shop.tracking.aliased("mood", CHAMPION) == third.version
+    shop.close()
+
+
+def test_an_alias_moved_at_the_last_moment_is_not_promoted_over(home: Any, trainer: Any) -> None:
+    """Not yet followed by anybody: the run sees it, waits, and the next look follows it."""
+    trainer.skills = [0.5, 0.6, 0.95]
+    first = _coach(home)
+    home.teach(300)
+    _coach(home)
+    home.teach(300)
+    shop = Workshop.open(home.settings)
+
+    def move(step: str, done: float) -> None:
+        if (step, done) == ("promote", 0.0):
+            shop.tracking.set_alias("mood", CHAMPION, shop.tracking.number_of("mood", first.version))
+
+    third = _coach(home, progress=move)
+    assert third.state == "waits_for_review"
+    assert follow(shop, "mood") == first.version
+    shop.close()
+
+
+def test_a_version_trained_again_after_its_rollback_waits(home: Any, trainer: Any) -> None:
+    """The same data and recipe give the same content hash; what a person left for being bad does not come back."""
+    trainer.skills = [0.5, 0.9]
+    first = _coach(home)
+    home.teach(300)
+    second = _coach(home)
+    shop = Workshop.open(home.settings)
+    choose(shop, home.store.version("mood", first.version), how="rollback", by="ann", reason="bad")
+    again = _coach(home)  # the same corpus
+    assert again.version == second.version
+    assert again.state == "waits_for_review"
+    assert home.store.policy_row("mood").champion == first.version
+    assert home.store.version("mood", second.version).status == "rolled_back"
+    shop.close()
+
+
+def test_a_run_whose_lease_is_lost_stops(home: Any, trainer: Any) -> None:
+    """Abandoned by a person while it trains: its worker stops at the next step, and store and MLflow say cancelled."""
+
+    def give_up(step: str, done: float) -> None:
+        if (step, done) == ("finetune", 1.0):
+            assert abandon(home.settings, "mood", reason="too dear").state == "cancelled"
+
+    with pytest.raises(LeaseLost):
+        _coach(home, progress=give_up)
+    (run,) = home.store.runs("mood")
+    assert (run.state, run.error, home.store.versions("mood")) == ("cancelled", "too dear", [])
+    shop = Workshop.open(home.settings)
+    experiment = shop.tracking._client.get_experiment_by_name("apprentice.mood").experiment_id
+    (tracked,) = shop.tracking._client.search_runs([experiment])
+    assert (tracked.info.status, tracked.data.tags["apprentice.state"]) == ("KILLED", "cancelled")
+    assert shop.tracking._client.search_model_versions("name = 'apprentice.mood'") == []
+    shop.close()
+    assert due_reason(home.settings, home.store, "mood") is None
+    assert _coach(home).promoted
+
+
+def test_a_run_that_is_interrupted_says_so_and_goes_on(home: Any, trainer: Any) -> None:
+    """Ctrl-C: kept in the store, KILLED in MLflow until it is resumed, and one version in the end."""
+
+    def interrupt(step: str, done: float) -> None:
+        if step == "validate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _coach(home, progress=interrupt)
+    (run,) = home.store.runs("mood")
+    assert (run.state, run.error) == ("running", "interrupted: KeyboardInterrupt")
+    shop = Workshop.open(home.settings)
+    experiment = shop.tracking._client.get_experiment_by_name("apprentice.mood").experiment_id
+    (tracked,) = shop.tracking._client.search_runs([experiment])
+    assert (tracked.info.status, tracked.data.tags["apprentice.state"]) == ("KILLED", "interrupted")
+    assert _coach(home).promoted
+    (tracked,) = shop.tracking._client.search_runs([experiment])
+    assert (tracked.info.status, tracked.data.tags["apprentice.state"]) == ("FINISHED", "completed")
+    shop.close()
+
+
+def test_a_run_that_failed_is_due_again_after_a_while(home: Any, trainer: Any) -> None:
+    """A disk that was full does not keep a task from ever being trained: a quarter of an hour, then twice as long."""
+    trainer.failures = [TrainingError("the disk is full: make room")]
+    _coach(home)
+    (run,) = home.store.runs("mood")
+    assert due_reason(home.settings, home.store, "mood", now=run.finished_at + 899) is None
+    assert due_reason(home.settings, home.store, "mood", now=run.finished_at + 900) == "tries again: it failed once"
+    assert _coach(home).promoted
+
+
+def test_an_outage_is_told_once(home: Any, trainer: Any) -> None:
+    """A run that waits for a server for hours is one alert."""
+    trainer.failures = [httpx.ConnectError("refused")] * 3
+    for _ in range(3):
+        with pytest.raises(TrainingError, match="the run is kept"):
+            _coach(home)
+    (told,) = [e for e in home.store.events("mood") if e.kind == "training_waits"]
+    assert "refused" in told.evidence["cause"]
+    assert home.store.runs("mood")[0].attempts == 1
+
+
+@pytest.mark.parametrize("deleted", ["experiment", "run", "version", "model"])
+def test_what_is_deleted_in_mlflow_stops_nothing(home: Any, trainer: Any, deleted: str) -> None:
+    """Training and observing go on, with what was deleted restored or made anew, and it is said once."""
+    trainer.skills = [0.6, 0.95]
+    _coach(home)
+    shop = Workshop.open(home.settings)
+    client = shop.tracking._client
+    experiment = client.get_experiment_by_name("apprentice.mood").experiment_id
+    if deleted == "experiment":
+        client.delete_experiment(experiment)
+    elif deleted == "run":
+        client.delete_run(client.search_runs([experiment])[0].info.run_id)
+    elif deleted == "version":
+        client.delete_model_version("apprentice.mood", "1")
+    else:
+        client.delete_registered_model("apprentice.mood")
+    for _ in range(2):
+        (row,) = observe_all(shop)
+        assert "error" not in row, row
+        follow(shop, "mood")
+    home.teach(300)
+    second = _coach(home)
+    assert second.promoted
+    assert shop.tracking.aliased("mood", CHAMPION) == second.version
+    (row,) = observe_all(shop)
+    assert row["champion"] == second.version
+    shop.alerts.flush()
+    restored = [e for e in home.store.events("mood") if e.kind == "registry_restored"]
+    assert len(restored) == (1 if deleted in ("experiment", "run") else 0)
+    shop.close()
+
+
+def test_a_task_that_cannot_be_observed_stops_no_other(home: Any, trainer: Any) -> None:
+    """Its row says why; the others are written."""
+    _coach(home)
+    task = home.settings.tasks[0].model_copy(update={"name": "unheard_of"})
+    shop = Workshop.open(home.settings)
+    shop.settings = home.settings.model_copy(update={"tasks": (task, *home.settings.tasks)})
+    lost, found = observe_all(shop)
+    assert "unheard_of" in lost["error"]
+    assert found["champion"] is not None
+    shop.close()
+
+
+def test_a_worker_whose_renewals_fail_is_replaced_and_writes_nothing_more(
+    home: Any, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both train the same run for a while; the second ends it, and of the first nothing is to be found."""
+    monkeypatch.setattr("flows.lease.LEASE_S", 1.0)
+    names = iter(["first", "second", *(f"later {n}" for n in range(1000))])
+    monkeypatch.setattr("flows.lease.worker", lambda: next(names))
+    renew, train, training = Store.renew_lease, trainer.train, threading.Event()
+
+    def failing(store: Store, lease: Lease, ttl_s: float = 60.0) -> Lease | None:
+        if lease.owner == "first" and training.is_set():
+            raise StoreError("the database is away")
+        return renew(store, lease, ttl_s)
+
+    def trained(job: Any, progress: Any) -> Any:
+        if not training.is_set():
+            training.set()
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:  # until the run is stopped
+                progress(Progress(1, 2, 0.7, 10, 0.5))
+                time.sleep(0.02)
+        return train(job, progress)
+
+    monkeypatch.setattr(Store, "renew_lease", failing)
+    monkeypatch.setattr(trainer, "train", trained)
+    ended: list[BaseException] = []
+
+    def first() -> None:
+        try:
+            _coach(home)
+        except BaseException as error:  # noqa: BLE001
+            ended.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert training.wait(60)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            result = _coach(home)
+            break
+        except Busy:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    thread.join(60)
+    assert [type(error) for error in ended] == [LeaseLost]
+    assert result.promoted
+    (run,) = home.store.runs("mood")
+    (version,) = home.store.versions("mood")
+    assert (run.state, run.version, version.status) == ("completed", version.name, "champion")
+    assert len(home.store.promotions("mood")) == 1

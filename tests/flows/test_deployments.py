@@ -102,7 +102,7 @@ def _container(job: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus"), [("due", 1), ("finetune", 1), ("validate", 1), ("curate", 0), ("observe", 0)]
+    ("name", "gpus"), [("coach", 1), ("due", 0), ("finetune", 1), ("validate", 1), ("curate", 0), ("observe", 0)]
 )
 def test_the_gpu_queue_asks_for_a_gpu_and_the_other_does_not(name: str, gpus: int) -> None:
     deployment = _deployment(name)

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,13 @@ from click.testing import CliRunner
 
 from apprentice.errors import TrainingError
 from apprentice.store.records import RunRecord
-from flows.commands import coach, promote, rollback
+from flows.cancellation import RunCancelled
+from flows.commands import abandon, coach, promote, rollback
 from flows.dispatch import due_tasks, watch
+from flows.lease import watch_lease
 from flows.review import follow
 from flows.tracking import CHAMPION
+from flows.trainers.axolotl import AxolotlTrainer
 from flows.up import Member, members, run_together
 from flows.workshop import Workshop
 
@@ -62,7 +67,7 @@ def test_escalations_go_first(make_home: Any, monkeypatch: pytest.MonkeyPatch) -
     """Whatever the order in the configuration, an escalated task is trained before the others."""
     home = make_home()
     reasons = {"mood": "100 new examples since 50"}
-    monkeypatch.setattr("flows.dispatch.due_reason", lambda _settings, _store, task: reasons[task])
+    monkeypatch.setattr("flows.dispatch.due_reason", lambda _settings, _store, task, **_: reasons[task])
     two = home.settings.model_copy(
         update={"tasks": (*home.settings.tasks, home.settings.tasks[0].model_copy(update={"name": "late"}))}
     )
@@ -142,3 +147,72 @@ def test_up_stops_everything_where_one_fails(
     assert str(home.settings.root / ".logs" / "router.log") in str(failed.value)
     with pytest.raises(ProcessLookupError):
         os.kill(int((home.settings.root / "pid").read_text()), 0)
+
+
+def test_a_watch_says_that_it_watches_and_observes(home: Any, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default: the store can tell that a coach is there, and the champion's run in MLflow gets its live figures."""
+    assert home.store.lease(watch_lease("mood")) is None
+    monkeypatch.setattr("flows.dispatch.OBSERVE_S", 0.2)
+    monkeypatch.setattr("flows.dispatch.WATCH_S", 1.0)
+    stop, shop = threading.Event(), Workshop.open(home.settings)
+    watching = threading.Thread(
+        target=watch, args=(home.settings,), kwargs={"stop": stop, "engine": home.engine, "poll_s": 0.05}
+    )
+    watching.start()
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            champion = home.store.policy_row("mood").champion
+            run = shop.tracking.run_of_version("mood", champion) if champion else None
+            if run is not None and "live.coverage" in shop.tracking._client.get_run(run.id).data.metrics:
+                break
+        assert home.store.lease(watch_lease("mood")) is not None
+    finally:
+        stop.set()
+        watching.join()
+        shop.close()
+    while home.store.lease(watch_lease("mood")) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_is_abandoned_by_command(home: Any) -> None:
+    """It says which, and that there is none where there is none."""
+    runner, config = CliRunner(), ["--config", str(home.config)]
+    assert "no unfinished" in str(runner.invoke(abandon, ["mood", *config]).exception)
+    run = home.store.start_run("mood", 60, "due", corpus_size=60)
+    assert run.id in runner.invoke(abandon, ["mood", "--reason", "too dear", *config]).output
+    (closed,) = home.store.runs("mood")
+    assert closed.state == "cancelled"
+    assert closed.error.startswith("too dear (")
+
+
+def test_axolotl_ends_with_the_run_that_started_it(tmp_path: Path) -> None:
+    """A run that is cancelled stops its command, and what that has started on other GPUs."""
+    script = tmp_path / "axolotl.sh"
+    script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {tmp_path}/child\nwait\n")
+    script.chmod(0o755)
+    trainer = AxolotlTrainer(str(script))
+
+    def cancelled() -> None:
+        if (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip():
+            raise RunCancelled("a person has cancelled the run in Prefect")
+
+    with pytest.raises(RunCancelled):
+        trainer._run(tmp_path / "axolotl.yaml", cancelled)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_axolotls_last_words_are_told(tmp_path: Path) -> None:
+    """Why it ended is in the error."""
+    script = tmp_path / "axolotl.sh"
+    script.write_text("#!/bin/sh\necho CUDA out of memory\nexit 3\n")
+    script.chmod(0o755)
+    with pytest.raises(TrainingError, match=r"ended with 3.*CUDA out of memory"):
+        AxolotlTrainer(str(script))._run(tmp_path / "axolotl.yaml", lambda: None)

@@ -18,7 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.coach import coach_task
+from apprentice.errors import TrainingError
+from flows.coach import coach_task, due_reason
+from flows.lease import Busy, held_lease
 from flows.tracking import CHAMPION
 from flows.workshop import Workshop
 
@@ -42,7 +44,7 @@ _WORKER = """
 
     trainer = doubles.RoteTrainer()
     flows.finetune.build_trainer = lambda _backend: trainer
-    flows.coach.LEASE_S = 4.0
+    flows.lease.LEASE_S = 4.0
     truth = json.loads(open({truth!r}).read())
     module, name = {stop!r}.split(":") if {stop!r} else ("", "")
     if module:
@@ -133,7 +135,7 @@ def _assert_ended_once(home: Any, done: subprocess.CompletedProcess[str]) -> Non
         ("curate:curate_examples", True),
         ("finetune:_register", False),
         ("finetune:_register", True),
-        ("validate:_figures", False),
+        ("validate:figures_of", False),
         ("promote:decide", False),
         ("promote:make_champion", False),
         ("promote:make_champion", True),
@@ -209,7 +211,7 @@ def test_servers_killed_in_between_cost_nothing(make_home: Callable[..., Any], t
     home.teach(60)
     prefect = f"http://127.0.0.1:{prefect_port}/api"
     with _servers(tmp_path, mlflow_port, prefect_port) as groups:
-        bereft = _work(home, tmp_path, "validate:_figures", bereaves=groups, prefect=prefect)
+        bereft = _work(home, tmp_path, "validate:figures_of", bereaves=groups, prefect=prefect)
     assert bereft.returncode == 1
     assert "the run is kept" in bereft.stderr
     (run,) = home.store.runs("mood")
@@ -240,13 +242,14 @@ def test_every_kind_of_work_pool_takes_the_deployments(home: Any, tmp_path: Path
         **os.environ,
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_API_URL": api,
-        "APPRENTICE_CHECKOUT": str(ROOT),
         "PYTHONPATH": str(ROOT),
     }
 
     def prefect(*arguments: str) -> None:
         command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        # Where the checkout lies is known to the worker alone: whoever deploys may be elsewhere.
+        place = {"APPRENTICE_CHECKOUT": str(ROOT)} if arguments[0] == "worker" else {}
+        done = subprocess.run(command, cwd=ROOT, env=environment | place, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     with _server(tmp_path, f"{api}/health", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)):
@@ -256,9 +259,27 @@ def test_every_kind_of_work_pool_takes_the_deployments(home: Any, tmp_path: Path
             prefect("deploy", "--all")
             deployed = httpx.post(f"{api}/deployments/filter", json={}).raise_for_status().json()
             assert {d["work_pool_name"] for d in deployed} == {"coach"}
-            assert {d["name"] for d in deployed} == {"due", "observe", "curate", "finetune", "validate", "promote"}
+            assert {d["name"] for d in deployed} == {
+                "due",
+                "coach",
+                "observe",
+                "curate",
+                "finetune",
+                "validate",
+                "promote",
+            }
+            assert str(ROOT) not in json.dumps([d["pull_steps"] for d in deployed])
             if kind != "process":
                 prefect("work-pool", "delete", "coach")
+        prefect("work-queue", "set-concurrency-limit", "gpu", "1", "--pool", "coach")
+        deadline = time.monotonic() + 120
+        scheduled: set[str] = set()
+        while scheduled != {"due", "observe"}:
+            assert time.monotonic() < deadline, scheduled
+            time.sleep(0.5)
+            runs = httpx.post(f"{api}/flow_runs/filter", json={}).raise_for_status().json()
+            ids = {run["deployment_id"] for run in runs if run["state_type"] == "SCHEDULED"}
+            scheduled = {d["name"] for d in deployed if d["id"] in ids}
         prefect("deployment", "run", "observe/observe", "--param", f"config={home.config}")
         prefect("worker", "start", "--pool", "coach", "--run-once")
         (ran,) = [
@@ -267,3 +288,138 @@ def test_every_kind_of_work_pool_takes_the_deployments(home: Any, tmp_path: Path
             if run["parameters"] == {"config": str(home.config)}
         ]
         assert ran["state_name"] == "Completed", ran["state"]
+
+
+def _flow_runs(name: str) -> list[Any]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": [name]}}))
+
+
+def _cancel(name: str) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    with get_client(sync_client=True) as client:
+        for run in _flow_runs(name):
+            if run.state.is_running():
+                client.set_flow_run_state(run.id, Cancelling(), force=True)
+
+
+def _tracked(home: Any) -> Any:
+    shop = Workshop.open(home.settings)
+    experiment = shop.tracking._client.get_experiment_by_name("apprentice.mood").experiment_id
+    runs = shop.tracking._client.search_runs([experiment])
+    shop.close()
+    return runs[0]
+
+
+def test_cancelling_in_prefect_closes_the_run(
+    home: Any, trainer: Any, prefect: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a worker to send signals: the coach sees it by itself, and all three records say cancelled."""
+    monkeypatch.setattr("flows.cancellation._ASK_EVERY_S", 0.0)
+    before = {run.id for run in _flow_runs("coach-mood")}
+
+    def cancel(step: str, done: float) -> None:
+        if step == "finetune":
+            _cancel("coach-mood")
+
+    result = coach_task(home.settings, "mood", reason="due", engine=home.engine, progress=cancel)
+    assert result.state == "cancelled"
+    (run,) = home.store.runs("mood")
+    assert (run.state, run.error) == ("cancelled", "cancelled in Prefect")
+    (shown,) = [run for run in _flow_runs("coach-mood") if run.id not in before]
+    assert shown.state.is_cancelled()
+    assert _tracked(home).info.status == "KILLED"
+    assert due_reason(home.settings, home.store, "mood") is None
+
+
+@pytest.mark.parametrize("by_a_person", [True, False])
+def test_a_signal_cancels_a_run_only_where_a_person_did(
+    home: Any, trainer: Any, prefect: None, by_a_person: bool
+) -> None:
+    """A worker's SIGTERM: a person's cancellation closes the run, a machine that goes away leaves it to be resumed."""
+    from prefect.exceptions import TerminationSignal
+
+    def stop(step: str, done: float) -> None:
+        if step == "finetune":
+            if by_a_person:
+                _cancel("coach-mood")
+            raise TerminationSignal(signal=signal.SIGTERM)
+
+    with pytest.raises(TerminationSignal):
+        coach_task(home.settings, "mood", reason="due", engine=home.engine, progress=stop)
+    (run,) = home.store.runs("mood")
+    assert run.state == ("cancelled" if by_a_person else "running")
+    assert _tracked(home).info.status == "KILLED"
+    assert home.store.lease("coach:mood") is None
+    if not by_a_person:
+        assert coach_task(home.settings, "mood", reason="due", engine=home.engine).promoted
+        assert _tracked(home).info.status == "FINISHED"
+
+
+def test_a_training_that_fails_is_a_failed_flow(
+    home: Any, trainer: Any, prefect: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is given up or waits for a server; the latter goes on with the next run of the deployment."""
+    from flows.deployed import train
+
+    monkeypatch.setattr("flows.workshop.Workshop.engine", home.engine)
+    trainer.failures = [httpx.ConnectError("refused")]
+    waits = train(str(home.config), "mood", return_state=True)
+    assert waits.is_failed()
+    assert home.store.open_run("mood") is not None
+    trainer.failures = [TrainingError("the disk is full: make room")]
+    failed = train(str(home.config), "mood", return_state=True)
+    assert failed.is_failed()
+    assert "make room" in failed.message
+    assert home.store.runs("mood")[-1].state == "failed"
+    done = train(str(home.config), "mood", return_state=True)
+    assert done.is_completed()
+    with held_lease(home.store, "mood"):
+        assert train(str(home.config), "mood", return_state=True).is_cancelled()
+
+
+def test_what_is_due_is_started_once(home: Any, trainer: Any, prefect: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run a task: none beside one that waits for a worker or is in training; and somebody is said to watch."""
+    from prefect.client.orchestration import get_client
+
+    from flows.deployed import coach_due, train
+    from flows.lease import watch_lease
+
+    with pytest.raises(TrainingError, match="prefect deploy --all"):
+        coach_due(str(home.config))
+    assert home.store.lease(watch_lease("mood")) is not None
+    with get_client(sync_client=True) as client:
+        flow_id = client.create_flow(train)
+        client.create_deployment(flow_id=flow_id, name="coach", entrypoint="flows/deployed.py:train")
+    assert coach_due(str(home.config))["mood"].startswith("started, because: 60 examples")
+    assert coach_due(str(home.config)) == {"mood": "waits for a worker"}
+    (waiting,) = [run for run in _flow_runs("train-mood") + _all_of_task() if run.state.is_scheduled()]
+    assert waiting.parameters["task"] == "mood"
+    with held_lease(home.store, "mood"):
+        assert coach_due(str(home.config)) == {"mood": "is in training"}
+
+
+def _all_of_task() -> list[Any]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"tags": {"all_": ["task:mood"]}}))
+
+
+def test_a_step_by_hand_takes_the_lease(home: Any, trainer: Any, prefect: None) -> None:
+    """It does not run beside a coach, and the last one closes the run."""
+    from flows.curate import curate
+    from flows.promote import promote
+
+    run = home.store.start_run("mood", home.store.corpus("mood")[1], "due", corpus_size=60)
+    with held_lease(home.store, "mood"), pytest.raises(Busy):
+        curate(str(home.config), "mood", run.id)
+    assert coach_task(home.settings, "mood", reason="due", engine=home.engine).promoted
+    with pytest.raises(TrainingError, match="is over"):
+        promote(str(home.config), "mood", run.id)
