@@ -342,16 +342,29 @@ def test_a_signal_cancels_a_run_only_where_a_person_did(
     home: Any, trainer: Any, prefect: None, by_a_person: bool
 ) -> None:
     """A worker's SIGTERM: a person's cancellation closes the run, a machine that goes away leaves it to be resumed."""
+    from prefect import flow
     from prefect.exceptions import TerminationSignal
+
+    @flow(flow_run_name="trained-by-a-worker")
+    def trained() -> None:
+        coach_task(home.settings, "mood", reason="due", engine=home.engine, progress=stop)
 
     def stop(step: str, done: float) -> None:
         if step == "finetune":
             if by_a_person:
-                _cancel("coach-mood")
+                _cancel("trained-by-a-worker")
             raise TerminationSignal(signal=signal.SIGTERM)
 
-    with pytest.raises(TerminationSignal):
-        coach_task(home.settings, "mood", reason="due", engine=home.engine, progress=stop)
+    def terminated(_number: int, _frame: Any) -> None:
+        raise TerminationSignal(signal=signal.SIGTERM)
+
+    # Prefect hands the signal on to whoever handled it before, which would end this process.
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        with pytest.raises(TerminationSignal):
+            trained()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     (run,) = home.store.runs("mood")
     assert run.state == ("cancelled" if by_a_person else "running")
     assert _tracked(home).info.status == "KILLED"
