@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from apprentice.alerts import Alerts
 from apprentice.backlog import Backlog
 from apprentice.budget import Budget
 from apprentice.config import Settings
 from apprentice.errors import VersionError
+from apprentice.events.emitter import Events
 from apprentice.judge import Judge
 from apprentice.local import build_engine
 from apprentice.local.switch import Switch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from apprentice.local.engine import Engine, Version
 
-__all__ = ["Assembly", "assemble", "check_remote", "open_judge"]
+__all__ = ["Assembly", "assemble", "check_remote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Assembly:
     judge: Judge
     tally: Tally
     backlog: Backlog
-    alerts: Alerts
+    alerts: Events
     router: Router
 
     def close(self) -> None:
@@ -86,13 +86,13 @@ def assemble(
         store = Store.open(settings.store_url, clock=clock)
         opened.callback(store.close)
         store.ensure_tasks(task.name for task in settings.tasks)
-        alerts = Alerts(store, clock, settings.alerts)
+        alerts = Events.configured(settings.alerts, store, clock)
         opened.callback(alerts.close)
         caps = {task.name: task.budget for task in settings.tasks}
         budget = Budget(store, settings.budget, caps, clock=clock)
         teacher = Teacher(settings.remote, sender.send, environ=environ, clock=clock, random=draw)
         teacher.price_check()
-        judge = Judge(settings, store, alerts, clock, draw)
+        judge = Judge(settings, store, clock, draw)
         judge.prepare()
         backlog = Backlog(alerts)
         unattended = Unattended(settings, store, alerts, clock)
@@ -106,7 +106,7 @@ def assemble(
         if engine is None:
             engine = build_engine(settings.local, settings.root, leases=store, budget=budget)
             opened.callback(engine.close)
-        switch = Switch(engine, _lookup(settings, store), alert=alerts)
+        switch = Switch(engine, _lookup(settings, store), alert=alerts.emit)
         router = Router(
             settings,
             store=store,
@@ -130,12 +130,6 @@ def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable
     sender.client()
     sender.close()
     Teacher(settings.remote, sender.send, environ=environ, clock=clock).price_check()
-
-
-def open_judge(settings: Settings, store: Store, clock: Callable[[], float], draw: random.Random) -> Judge:
-    """A judge alone, for those who promote and never route: training flows and the command line."""
-    store.ensure_tasks(task.name for task in settings.tasks)
-    return Judge(settings, store, Alerts(store, clock, settings.alerts), clock, draw)
 
 
 def _lookup(settings: Settings, store: Store) -> Callable[[str, str], Version]:

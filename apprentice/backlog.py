@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apprentice import secrets
-from apprentice.alerts import Alerts
+from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
 
 __all__ = ["Backlog"]
@@ -34,7 +34,7 @@ class Backlog:
     ends is lost: the call stays counted at its worst case, and the answer is no example.
     """
 
-    def __init__(self, alerts: Alerts) -> None:
+    def __init__(self, alerts: Events) -> None:
         self._alerts = alerts
         self._late: deque[_Late] = deque()
         self._writing = threading.Lock()

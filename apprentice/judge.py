@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from apprentice.alerts import Alerts
 from apprentice.confidence.correlation import CHANCE_DRAWS
 from apprentice.confidence.novelty import Vocabulary
 from apprentice.confidence.trust import (
@@ -142,14 +141,12 @@ class Judge:
         self,
         settings: Settings,
         store: Store,
-        alerts: Alerts,
         clock: Callable[[], float],
         draw: random.Random,
         *,
         evaluator_s: float = _EVALUATOR_S,
     ) -> None:
         self._store = store
-        self._alerts = alerts  # it tells of the events that the store commits; nothing is said of them here
         self._clock = clock
         self._draw = draw
         self._tasks = {task.name: task for task in settings.tasks}

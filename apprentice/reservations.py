@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from apprentice.budget import NEVER, Budget, CapState
 from apprentice.config import Settings
-from apprentice.events.sinks import Webhook
 from apprentice.owner import is_dead
 from apprentice.store import Store
 from apprentice.store.records import Reservation
@@ -125,8 +124,7 @@ def run_release(settings: Settings, number: int, reason: str) -> None:
     from apprentice.events.emitter import Events
 
     with Store.open(settings.store_url) as store:
-        webhook = settings.alerts.webhook
-        events = Events(store, [Webhook(webhook)] if webhook else [])
+        events = Events.configured(settings.alerts, store)
         told = _budget(settings, store).release_by_hand(number, reason)
         events.close()
     evidence = told.evidence

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from apprentice import secrets
-from apprentice.alerts import Alerts
 from apprentice.backlog import Backlog
 from apprentice.budget import Account, Budget
 from apprentice.config import Settings, TaskSettings
@@ -37,6 +36,7 @@ from apprentice.errors import (
     Unavailable,
     UnknownTask,
 )
+from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
 from apprentice.judge import Judge
 from apprentice.local.engine import LocalAnswer
@@ -121,7 +121,7 @@ class Router:
         judge: Judge,
         tally: Tally,
         backlog: Backlog,
-        alerts: Alerts,
+        alerts: Events,
         clock: Callable[[], float],
         draw: random.Random,
     ) -> None:

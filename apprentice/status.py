@@ -140,11 +140,11 @@ def run_command(config: Path, *, as_json: bool) -> None:
     import click
     from rich.console import Console
 
-    from apprentice.assembly import open_judge
-
     settings = load_settings(config)
     with open_existing(settings) as store:
-        statuses = task_statuses(settings, store, open_judge(settings, store, time.time, random.Random()))
+        store.ensure_tasks(task.name for task in settings.tasks)
+        judge = Judge(settings, store, time.time, random.Random())
+        statuses = task_statuses(settings, store, judge)
     if as_json:
         click.echo(json.dumps({name: _plain(status) for name, status in statuses.items()}, indent=2))
     else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from apprentice.alerts import Alerts
 from apprentice.config import Settings
+from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
 from apprentice.store import Store
 
@@ -39,7 +39,7 @@ def waits_for_coach(settings: Settings, store: Store, task: str) -> str | None:
 class Unattended:
     """Looks now and then, in a router's background thread, and raises an alert for a task that goes on waiting."""
 
-    def __init__(self, settings: Settings, store: Store, alerts: Alerts, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, store: Store, alerts: Events, clock: Callable[[], float]) -> None:
         self._settings = settings
         self._store = store
         self._alerts = alerts

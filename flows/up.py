@@ -42,8 +42,12 @@ def members(settings: Settings, config: Path, *, port: int, prefect_port: int, m
     prefect_url, mlflow_url = f"http://{here}:{prefect_port}", f"http://{here}:{mlflow_port}"
     home = {"PREFECT_HOME": str(settings.root / ".prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     flows = {**home, "PREFECT_API_URL": f"{prefect_url}/api", "PREFECT_LOGGING_EXTRA_LOGGERS": "apprentice"}
-    store = ("--backend-store-uri", settings.tracking_uri, "--artifacts-destination", settings.tracking_artifacts)
-    mlflow = ("mlflow", "server", "--host", here, "--port", str(mlflow_port), "--workers", "1", *store)
+    mlflow = ("mlflow", "server", "--host", here, "--port", str(mlflow_port), "--workers", "1")
+    # Not on the command line, which every user of the machine can read: the URI may hold a password.
+    kept_in = {
+        "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
+        "MLFLOW_ARTIFACTS_DESTINATION": settings.tracking_artifacts,
+    }
     apprentice = (python, "-c", "from apprentice.cli import main; main()")
     found = [
         Member(
@@ -63,7 +67,7 @@ def members(settings: Settings, config: Path, *, port: int, prefect_port: int, m
         ),
     ]
     if settings.tracking.uri is None or not settings.tracking.uri.startswith("http"):
-        found.insert(1, Member("mlflow", (python, "-m", *mlflow), {}, f"{mlflow_url}/health", mlflow_url))
+        found.insert(1, Member("mlflow", (python, "-m", *mlflow), kept_in, f"{mlflow_url}/health", mlflow_url))
     return found
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apprentice import secrets
-from apprentice.alerts import Alerts
 from apprentice.budget import Budget
 from apprentice.config import Settings, TaskSettings, load_settings
 from apprentice.errors import TrainingError
+from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
 from apprentice.judge import Judge
 from apprentice.local.adapter import adapter_folder
@@ -93,16 +93,17 @@ class Workshop:
         return self.settings.task(name)
 
     @cached_property
-    def alerts(self) -> Alerts:
+    def alerts(self) -> Events:
         """Who tells people."""
-        alerts = Alerts(self.store, self.clock, self.settings.alerts)
+        alerts = Events.configured(self.settings.alerts, self.store, self.clock)
         self._own.append(alerts.close)
         return alerts
 
     @cached_property
     def judge(self) -> Judge:
         """Who carries promotions into the trust state."""
-        return Judge(self.settings, self.store, self.alerts, self.clock, random.Random())
+        _ = self.alerts  # which tell what its transactions commit
+        return Judge(self.settings, self.store, self.clock, random.Random())
 
     @cached_property
     def budget(self) -> Budget:

@@ -18,7 +18,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from apprentice import Apprentice, Settings
-from apprentice.alerts import Alerts
 from apprentice.confidence.correlation import wilson
 from apprentice.confidence.trust import EventKind
 from apprentice.errors import EvaluatorError, MissingExtra, StoreError
@@ -115,7 +114,7 @@ def test_an_evaluator_that_hangs_is_given_up(bench: Bench) -> None:
     """The comparison is kept unscored; while earlier calls hang no more threads are spent on it."""
     at = bench(tasks=[evaluated_by(patient)])
     at.promote()
-    judge = Judge(at.client.settings, at.store, at.client.parts.alerts, time.time, random.Random(1), evaluator_s=0.05)
+    judge = Judge(at.client.settings, at.store, time.time, random.Random(1), evaluator_s=0.05)
     holding.clear()
     before = threading.active_count()
     for n in range(10):
@@ -149,8 +148,7 @@ def test_comparisons_of_many_threads_and_processes_are_all_counted_once(bench: B
     """Also those that complete the warm-up at the same time: they are weighed again, on what is there by then."""
     at = bench(tasks=[evaluated_by(moody)])
     at.promote()
-    parts = at.client.parts
-    judges = [Judge(at.client.settings, at.store, parts.alerts, time.time, random.Random(n)) for n in range(3)]
+    judges = [Judge(at.client.settings, at.store, time.time, random.Random(n)) for n in range(3)]
 
     def work(n: int) -> None:
         for i in range(12):
@@ -178,7 +176,7 @@ def test_who_only_reads_needs_no_evaluator(bench: Bench, monkeypatch: pytest.Mon
     tasks = [task.model_copy(update={"evaluator": "semantic_similarity"})]
     elsewhere = configured.model_copy(update={"tasks": tasks})
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    judge = Judge(elsewhere, at.store, at.client.parts.alerts, time.time, random.Random(1))
+    judge = Judge(elsewhere, at.store, time.time, random.Random(1))
     assert judge.figures("mood").comparisons == 60
     with pytest.raises(MissingExtra, match="semantic"):
         judge.prepare()
@@ -313,8 +311,7 @@ def test_figures_are_those_of_the_comparisons_table(
     configured = settings(folder, FakeVendor("anthropic", truth), tasks=[evaluated_by(moody)])
     with Store.open(configured.store_url) as store:
         store.ensure_tasks(["mood"])
-        alerts = Alerts(store, time.time)
-        judge = Judge(configured, store, alerts, time.time, random.Random(1))
+        judge = Judge(configured, store, time.time, random.Random(1))
         store.add_version(VersionRecord("mood-v1", "mood", "candidate", "", "fake", 1, held_out, "d", None, ""))
         judge.promote("mood", "mood-v1", Workbench.seed("mood-v1", held_out, 0.97), reason="test")
         for n, (label, right, confidence, probability) in enumerate(stream):
@@ -341,7 +338,6 @@ def test_figures_are_those_of_the_comparisons_table(
         state, figures = store.policy_row("mood"), judge.figures("mood")
         expected = recomputed(rows, state.threshold, configured.sampling.window_size)
         events = store.events("mood")
-        alerts.close()
     assert (figures.comparisons, figures.unscored) == (expected["comparisons"], expected["unscored"])
     if len(rows) - expected["unscored"] < 40:  # it is being warmed up: nothing is said yet
         assert figures.window_all.agreement is None

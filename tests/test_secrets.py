@@ -6,8 +6,10 @@ import base64
 import io
 import json
 import logging
+import re
 import string
 import traceback
+from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -205,3 +207,16 @@ def test_a_key_in_the_place_of_a_variables_name_is_not_quoted(name: str) -> None
     with pytest.raises(ConfigError, match="variable's name") as raised:
         require_key(provider, {})
     assert name not in str(raised.value)
+
+
+def test_every_module_logs_by_a_logger_that_scrubs() -> None:
+    """Ours are made by `secrets.logger`; Python's own are asked for only to quiet those of others."""
+    root = Path(__file__).parent.parent
+    found = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for room in ("apprentice", "flows", "serving")
+        for path in sorted((root / room).rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"getLogger\((__name__|[\"']apprentice)|logging\.(warning|info|error|exception|critical)\(", line)
+    ]
+    assert found == []

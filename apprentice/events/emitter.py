@@ -27,8 +27,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from apprentice.config import AlertSettings
 from apprentice.events.kinds import LEVELS, EventKind, Level
-from apprentice.events.sinks import Sink, Undelivered
+from apprentice.events.sinks import Sink, Undelivered, sinks_of
 from apprentice.secrets import logger, scrub, scrub_values
 from apprentice.store import Store
 from apprentice.store.records import EventRecord
@@ -110,6 +111,11 @@ class Events:
         self._closed: bool
         self._begin_anew()
         _open.add(self)
+
+    @classmethod
+    def configured(cls, settings: AlertSettings, store: Store, clock: Callable[[], float] = time.time) -> Events:
+        """Those of a configuration's section ``alerts``."""
+        return cls(store, sinks_of(settings), level=settings.level, clock=clock)
 
     def emit(
         self,

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import httpx
 
+from apprentice.config import AlertSettings
 from apprentice.events.kinds import EventKind
 from apprentice.secrets import register_url, scrub_error, scrub_values
 from apprentice.store.records import EventRecord
 
-__all__ = ["SINKS", "Sink", "Undelivered", "Webhook", "message"]
+__all__ = ["SINKS", "Sink", "Undelivered", "Webhook", "message", "sinks_of"]
 
 _LONGEST_PAUSE_S = 600.0
 # As for a vendor: the server was busy, slow or restarting.
@@ -62,6 +63,12 @@ class Webhook:
 
 SINKS: Mapping[str, Callable[[str], Sink]] = {"webhook": Webhook}
 """Key of the section `alerts` -> the sink that its value makes."""
+
+
+def sinks_of(settings: AlertSettings) -> list[Sink]:
+    """The sinks that a configuration names."""
+    chosen = [(make, getattr(settings, name)) for name, make in SINKS.items()]
+    return [make(value) for make, value in chosen if value]
 
 
 def message(event: EventRecord) -> dict[str, Any]:

@@ -8,7 +8,6 @@ nothing for ever: its lease runs out, and the next engine that loads something t
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from apprentice.errors import ApprenticeError, EngineUnavailable
+from apprentice.secrets import logger
 
 __all__ = ["Alone", "HoldStore", "Leases", "SharedLeases"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _TTL_S = 300.0
 _CHANGE_S = 120.0
 """How long one process may take to load or unload a version before another may step in."""

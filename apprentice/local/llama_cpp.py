@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import secrets
@@ -37,11 +36,11 @@ from apprentice.local.gguf_file import GgufHeader, read_gguf_header, write_lora
 from apprentice.local.grammar import gbnf
 from apprentice.local.served import Framed, Pieces, Written, answer_by, ask_all, post
 from apprentice.local.skeleton import Free
-from apprentice.secrets import child_environment
+from apprentice.secrets import child_environment, logger
 
 __all__ = ["LlamaCppEngine"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _SLOTS = 16
 _CONTEXT = 8192

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from apprentice import secrets
 from apprentice.errors import EngineUnavailable, OutputError, VersionError
+from apprentice.events.kinds import EventKind
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import check_parity, read_probes
 
@@ -37,7 +38,7 @@ _LAST_RETRY_S = 60.0
 class Alert(Protocol):
     """How an operator hears of something."""
 
-    def __call__(self, kind: str, task: str | None, evidence: dict[str, Any], /) -> None:
+    def __call__(self, kind: EventKind, task: str | None, evidence: dict[str, Any], /) -> None:
         """Raise the alert."""
 
 
@@ -219,7 +220,7 @@ class Switch:
                 delay_s = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2**line.failures)
                 line.failures += 1
                 line.retry_at = self._clock() + delay_s
-        kind = "version_refused" if isinstance(error, VersionError) else "version_not_loaded"
+        kind = EventKind.VERSION_REFUSED if isinstance(error, VersionError) else EventKind.VERSION_NOT_LOADED
         self._alert(kind, task, {"version": wanted, "still_serving": line.serving, "error": str(error)})
 
     def _let_go(self, name: str) -> None:
@@ -248,7 +249,7 @@ class Switch:
 
     def _recover(self, task: str, line: _Line, deadline_s: float, evidence: dict[str, Any]) -> None:
         """Load what serves again, until it answers; then close the breaker."""
-        self._alert("engine_unavailable", task, evidence)
+        self._alert(EventKind.ENGINE_UNAVAILABLE, task, evidence)
         delay_s = self._recheck_s
         while not self._closed.wait(delay_s):
             try:
@@ -261,7 +262,7 @@ class Switch:
             line.failed_in_a_row = 0
             line.recovering = None
         if not self._closed.is_set():
-            self._alert("engine_recovered", task, {"version": line.serving})
+            self._alert(EventKind.ENGINE_RECOVERED, task, {"version": line.serving})
 
     def _try_again(self, task: str, line: _Line, deadline_s: float) -> None:
         name = line.serving

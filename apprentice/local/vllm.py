@@ -8,7 +8,6 @@ stale. Several processes may share the server: an adapter is unloaded by the las
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import re
 import threading
@@ -30,10 +29,11 @@ from apprentice.local.grammar import gbnf
 from apprentice.local.leases import Alone, Leases
 from apprentice.local.served import Courtesy, Framed, Pieces, Written, answer_by, post, refusal
 from apprentice.local.skeleton import Free
+from apprentice.secrets import logger
 
 __all__ = ["VllmEngine"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _AT_ONCE = 64
 _CALM_S = 600.0

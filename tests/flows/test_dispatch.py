@@ -105,6 +105,9 @@ def test_up_starts_what_a_machine_needs(home: Any) -> None:
     assert found[2].environment["PREFECT_API_URL"] == "http://127.0.0.1:2/api"
     tracking = home.settings.tracking.model_copy(update={"uri": "http://mlflow:5000"})
     elsewhere = home.settings.model_copy(update={"tracking": tracking})
+    (mlflow,) = [m for m in found if m.name == "mlflow"]
+    assert mlflow.environment["MLFLOW_BACKEND_STORE_URI"] == home.settings.tracking_uri
+    assert not any(home.settings.tracking_uri in word for m in found for word in m.command)  # it may hold a password
     names = [m.name for m in members(elsewhere, home.config, port=1, prefect_port=2, mlflow_port=3)]
     assert names == ["prefect", "coach", "router"]
 
