@@ -1,19 +1,22 @@
 """What carries a request to a vendor and its whole answer back: one way, over `httpx.Client`.
 
-The client is the application's own, or one that is opened here. Either way a request must be over by its deadline,
-whatever it waits for, and an answer has a largest size: a body that drips or never ends costs a vendor's client no more
-than that time and that memory.
+The client is the application's own, or one that is opened here. Either way a request must be over by its deadline, and
+an answer has a largest size: a body that drips or never ends costs no more than that time and that memory. With a
+client opened here that holds for every single read; one of the application's may wait longer for headers that drip, and
+for the rest of a body that has begun.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
+import httpcore
 import httpx
 
 from apprentice.errors import ConfigError, Problem
@@ -87,6 +90,9 @@ class Sender:
     """
 
     def __init__(self, client: httpx.Client | None = None, *, most_bytes: int = MOST_BYTES) -> None:
+        if isinstance(client, httpx.AsyncClient):
+            what = "is an httpx.AsyncClient; requests are sent from threads, also by AsyncApprentice."
+            raise ConfigError("arguments", [Problem("http_client", what, "Give an httpx.Client.")])
         self._given = client
         self._most_bytes = most_bytes
         self._own: dict[int, httpx.Client] = {}
@@ -102,11 +108,16 @@ class Sender:
             content=request.content,
             extensions={"timeout": _TimeLeft(ends)},
         )
-        response = self.client().send(asked, stream=True)
+        client = self.client()
+        _deadline.ends = ends
         try:
-            body = b"".join(_decoded(_arriving(response, ends), response, self._most_bytes))
+            response = client.send(asked, stream=True)
+            try:
+                body = b"".join(_decoded(_arriving(response, ends), response, self._most_bytes))
+            finally:
+                response.close()
         finally:
-            response.close()
+            _deadline.ends = None
         return Response(response.status_code, body, response.headers.raw)
 
     def client(self) -> httpx.Client:
@@ -134,9 +145,15 @@ class Sender:
 
 def _open_client() -> httpx.Client:
     try:
-        return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=100))
+        client = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=100))
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
         raise ConfigError("environment", [_environments_fault(error)]) from error
+    for transport in (client._transport, *client._mounts.values()):
+        # httpx passes no network backend on. Without one the deadline holds for each wait alone.
+        pool = getattr(transport, "_pool", None)
+        if isinstance(pool, httpcore.ConnectionPool):
+            pool._network_backend = _Punctual(pool._network_backend)
+    return client
 
 
 def _environments_fault(error: Exception) -> Problem:
@@ -160,6 +177,63 @@ def _environments_fault(error: Exception) -> Problem:
     name = next((n for n in ("NO_PROXY", "no_proxy") if os.environ.get(n)), "NO_PROXY")
     message = f"{os.environ.get(name)!r} cannot be read ({said})."
     return Problem(name, message, "Give host names and addresses; IPv6 without brackets and without a network's /SIZE.")
+
+
+class _Deadline(threading.local):
+    """When the request that this thread sends must be over, by the monotonic clock."""
+
+    ends: float | None = None
+
+
+_deadline = _Deadline()
+
+
+def _in_time(timeout: float | None, too_late: type[Exception]) -> float | None:
+    """How long one read or write may wait: httpcore looks its time-out up once for all reads of the headers."""
+    if _deadline.ends is None:
+        return timeout
+    left_s = _deadline.ends - time.monotonic()
+    if left_s <= 0:
+        raise too_late("the answer was still arriving at its deadline")
+    return left_s if timeout is None else min(timeout, left_s)
+
+
+class _PunctualStream(httpcore.NetworkStream):
+    """A connection whose every read and write ends at the request's deadline."""
+
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _in_time(timeout, httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _in_time(timeout, httpcore.WriteTimeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(self, *args: Any, **options: Any) -> httpcore.NetworkStream:
+        return _PunctualStream(self._stream.start_tls(*args, **options))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class _Punctual(httpcore.NetworkBackend):
+    """Opens connections that keep the deadline of whoever uses them."""
+
+    def __init__(self, backend: httpcore.NetworkBackend) -> None:
+        self._backend = backend
+
+    def connect_tcp(self, *args: Any, **options: Any) -> httpcore.NetworkStream:
+        return _PunctualStream(self._backend.connect_tcp(*args, **options))
+
+    def connect_unix_socket(self, *args: Any, **options: Any) -> httpcore.NetworkStream:
+        return _PunctualStream(self._backend.connect_unix_socket(*args, **options))
+
+    def sleep(self, seconds: float) -> None:
+        self._backend.sleep(seconds)
 
 
 class _TimeLeft(Mapping[str, float]):

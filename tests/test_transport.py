@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from apprentice.errors import ConfigError
 from apprentice.transport import MOST_BYTES, Endpoint, Request, Response, Sender
 
 
@@ -303,6 +304,48 @@ def test_a_deadline_holds_against_a_body_that_drips(own: bool, dripping_server: 
     """The deadline is for the whole answer, not for each read of it."""
     with pytest.raises(httpx.ReadTimeout):
         post(dripping_server, own=own, deadline_s=0.3)
+
+
+@pytest.mark.parametrize(
+    ("start", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx-header: ", b"a"),
+        (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2;", b"a"),
+    ],
+    ids=["headers", "interim answers", "a chunk's extension"],
+)
+def test_a_deadline_holds_against_whatever_drips(start: bytes, drop: bytes) -> None:
+    """No single read times out, and none of them brings a part of the body: the request ends at its deadline."""
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(start)
+                while not stop.wait(0.02):
+                    connection.sendall(drop)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        timer = threading.Timer(20, stop.set)  # a request that never ended would end here
+        timer.start()
+        try:
+            with pytest.raises(httpx.ReadTimeout):
+                post(f"http://127.0.0.1:{listener.getsockname()[1]}", deadline_s=0.3)
+            assert not stop.is_set()
+        finally:
+            timer.cancel()
+            stop.set()
+            thread.join()
+
+
+def test_an_asynchronous_client_is_refused_before_anything_is_paid() -> None:
+    """Requests are sent from threads: its answers would be coroutines, each counted as a lost call."""
+    with pytest.raises(ConfigError, match=r"http_client: is an httpx\.AsyncClient"):
+        Sender(httpx.AsyncClient())  # type: ignore[arg-type]
 
 
 def test_every_wait_of_a_request_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
