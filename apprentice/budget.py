@@ -178,7 +178,7 @@ class Budget:
         self._told: set[str] = set()
         self._headroom: dict[str, tuple[float, bool]] = {}
         self._typical: dict[str, Decimal] = {}
-        self._above: dict[tuple[str, str], Decimal] = {}
+        self._above: dict[tuple[str, str], tuple[Decimal, float]] = {}
         self._begin_anew()
         if not looks_only:
             self._put_in_force(clock())
@@ -281,7 +281,7 @@ class Budget:
         """
         self._check_fork()
         self._write_late()
-        worst_case *= self._above.get((provider, model), Decimal(1))
+        worst_case *= self._factor((provider, model))
         self._typical[task] = worst_case
         ends = self._monotonic() + wait_s
         queue = self._queues.setdefault(task, threading.Lock())
@@ -526,16 +526,26 @@ class Budget:
         with self._freed:
             self._freed.notify_all()
 
+    def _factor(self, model: tuple[str, str]) -> Decimal:
+        """How many times its worst case is held for a model's call.
+
+        It halves every hour: where no cap has room for that much, no bill could show that it is too much.
+        """
+        factor, since = self._above.get(model, (Decimal(1), 0.0))
+        hours = int(max(self._monotonic() - since, 0.0) // 3600)
+        return max(factor / (1 << min(hours, 100)), Decimal(1))
+
     def _learn(self, settlement: Settlement) -> None:
         """Hold more for a model's next calls where a bill was above what was held for it, and tell people."""
         held = settlement.reservation
         model = (held.provider, held.model)
-        factor = self._above.get(model, Decimal(1))
+        factor = self._factor(model)
         if settlement.cost <= held.worst_case:
             if factor > 1 and settlement.cost * factor <= held.worst_case:
-                self._above[model] = max(factor * _FADING, Decimal(1))
+                self._above[model] = factor * _FADING, self._monotonic()
             return
-        self._above[model] = factor * settlement.cost / held.worst_case if held.worst_case else factor
+        if held.worst_case:
+            self._above[model] = factor * settlement.cost / held.worst_case, self._monotonic()
         used = settlement.usage
         evidence = {
             "provider": held.provider,

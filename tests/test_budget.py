@@ -484,6 +484,20 @@ def test_the_next_worst_case_learns_from_a_bill_above_it(store: Store) -> None:
     assert held.worst_case == dollars("0.02")
 
 
+def test_one_bill_beyond_all_measure_stops_nothing_for_good(store: Store) -> None:
+    """A bill of 750 times what was held leaves no room under the cap of another day, and is forgotten by the hour."""
+    clock, monotonic = Clock(2026, 3, 1), [0.0]
+    budget = Budget(store, BudgetSettings(daily=1), clock=clock, monotonic=lambda: monotonic[0])  # type: ignore[arg-type]
+    budget.settle(budget.reserve("a", "p", "m", dollars("0.02"), "r"), dollars("15"), Usage(100, 1_000_000))
+    clock.now += 86_400
+    with pytest.raises(BudgetExceeded):
+        budget.reserve("a", "p", "m", dollars("0.02"), "r")
+    monotonic[0] += 4 * 3600
+    assert budget.reserve("a", "p", "m", dollars("0.02"), "r").worst_case == dollars("0.9375")
+    monotonic[0] += 86_400
+    assert budget.reserve("a", "p", "m", dollars("0.02"), "r2").worst_case == dollars("0.02")
+
+
 @pytest.mark.parametrize("cost", ["-0.01", "NaN", "Infinity"])
 def test_no_settlement_lifts_a_cap(store: Store, cost: str) -> None:
     """A price that is negative or no number is a mistake of ours, and is not written down."""
