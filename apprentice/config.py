@@ -483,7 +483,7 @@ def _explain(error: Any, node: yaml.Node | None) -> list[Problem]:
         return [Problem(path, "is missing.", "", line)]
     # an address may hold a password
     shown = "" if isinstance(value, dict | list | tuple) or loc[-1:][0] in _ADDRESSES else f"is {value!r}: "
-    message = str(cause) if cause else error["msg"]
+    message = str(cause) if cause else error["msg"].replace("valid tuple", "list")
     return [Problem(path, f"{shown}{message[:1].lower()}{message[1:]}.", "", line)]
 
 

@@ -49,6 +49,14 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
 
 
+_CORE = "tag:yaml.org,2002:"
+_TEXT = f"{_CORE}str"
+_FITTING: dict[type[yaml.Node], tuple[str, ...]] = {
+    yaml.MappingNode: (f"{_CORE}map",),
+    yaml.SequenceNode: (f"{_CORE}seq",),
+}
+
+
 def read_yaml(content: bytes) -> tuple[Any, yaml.Node | None]:
     """The document of a YAML file, and the tree of nodes that knows its lines. Raises `InvalidValue`."""
     text = _decoded(content)
@@ -64,7 +72,7 @@ def read_yaml(content: bytes) -> tuple[Any, yaml.Node | None]:
         node = loader.get_single_node()
         if node is None:
             return None, None
-        problems = [*_repeated_keys(node, ""), *_exploding(node)]
+        problems = [*_repeated_keys(node, ""), *_unreadable(loader, node), *_exploding(node)]
         if problems:
             raise InvalidValue(problems)
         return loader.construct_document(node), node
@@ -140,6 +148,28 @@ def _repeated_keys(node: yaml.Node, path: str, seen: set[int] | None = None) -> 
             yield Problem(here, f"stands here and in line {first[key.value]}.", "Keep one of them.", line)
         first.setdefault(key.value, line)
         yield from _repeated_keys(value, here, seen)
+
+
+def _unreadable(loader: _Loader, root: yaml.Node) -> Iterator[Problem]:
+    """Values that are not what their tag says they are, tags beyond YAML 1.2's core schema, and half characters."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        line, fitting = node.start_mark.line + 1, _FITTING.get(type(node), ())
+        if isinstance(node, yaml.ScalarNode):
+            plain = loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+            fitting = (_TEXT, plain)
+            if any("\ud800" <= character <= "\udfff" for character in node.value):
+                yield Problem("file", "holds half a surrogate pair.", "Write the character itself.", line)
+        else:
+            parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            waiting += reversed(parts)
+        if node.tag not in fitting:
+            tag = node.tag.replace(_CORE, "!!")
+            yield Problem("file", f"has the tag {tag}, which does not fit here.", "Write the value without it.", line)
 
 
 def _exploding(root: yaml.Node) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ GOOD = HEAD.replace("SCHEMA", "{label: a | b}")
         (GOOD.encode() + b"? [a, b]\n: 1\n", "has a list or a mapping for a key"),
         (b"a: &a [*a]\n", "has an alias that holds itself"),
         (b"a: " + b"[" * 3000 + b"]" * 3000, "is nested too deep"),
-        (b"a: !!python/object:os.system {}\n", "is not YAML"),
-        (b"a: !!int x\n", "holds a value that cannot be read"),
+        (b"a: !!python/object:os.system {}\n", "(line 1): has the tag !!python/object"),
+        (b"a: " + b"9" * 5000 + b"\n", "holds a value that cannot be read"),
         (b"\x80\n", "is not UTF-8"),
         (b"", "holds no mapping"),
         (b"- a\n", "holds no mapping"),
@@ -169,3 +170,63 @@ def test_no_file_is_a_traceback(content: bytes) -> None:
         read_yaml(content)
     except InvalidValue as error:
         assert error.problems[0].message  # noqa: PT017  # it may also be a document
+
+
+@pytest.mark.parametrize(
+    ("written", "tag"),
+    [
+        ("!!bool maybe", "!!bool"),
+        ("!!int ''", "!!int"),
+        ("!!float x", "!!float"),
+        ("!!null x", "!!null"),
+        ("!!timestamp x", "!!timestamp"),
+        ("!!timestamp 2024-01-01", "!!timestamp"),
+        ("!!set {a, b}", "!!set"),
+        ("!!binary aGk=", "!!binary"),
+        ("!!map [1]", "!!map"),
+        ("!!str [1]", "!!str"),
+        ("!!python/object/apply:os.system [x]", "!!python"),
+        ("!mine x", "!mine"),
+    ],
+)
+def test_a_tag_that_does_not_fit_its_value_is_a_problem_with_its_line(written: str, tag: str) -> None:
+    """Neither an exception of the YAML library, nor a set, bytes or a date in the place of what JSON has."""
+    with pytest.raises(InvalidValue, match=rf"line 2\): has the tag {tag}"):
+        read(f"a: 1\nb: {written}\n")
+
+
+def test_a_tag_that_says_what_the_value_is_changes_nothing() -> None:
+    """Text that looks like a number may be marked as text, too."""
+    assert read("a: !!str 5\nb: !!int 5\nc: !!map {d: !!seq [!!bool true]}\n<<: {e: !!null ~}") == {
+        "a": "5", "b": 5, "c": {"d": [True]}, "e": None,
+    }  # fmt: skip
+
+
+def test_half_a_surrogate_pair_is_a_problem() -> None:
+    """No file, no database and no vendor takes it."""
+    with pytest.raises(InvalidValue, match="half a surrogate pair"):
+        read('a: "\\ud800"')
+
+
+_TAGS = st.sampled_from(["", *(f"!!{t} " for t in ("int", "float", "bool", "null", "str", "timestamp", "set", "omap"))])
+_SCALARS = st.sampled_from(["", "x", "5", "true", "~", "''", "'\\ud800'", "2024-01-01", "<<", "&a 1", "*a"])
+
+
+def _within(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    lists = st.lists(inner, max_size=3)
+    sequences = lists.map(lambda parts: f"[{', '.join(parts)}]")
+    mappings = lists.map(lambda parts: f"{{{', '.join(f'k{i}: {part}' for i, part in enumerate(parts))}}}")
+    return st.tuples(_TAGS, sequences | mappings).map("".join)
+
+
+_VALUES = st.recursive(st.tuples(_TAGS, _SCALARS).map("".join), _within, max_leaves=6)
+
+
+@given(_VALUES)
+def test_whatever_is_tagged_reads_as_json_or_is_a_problem(value: str) -> None:
+    """Tags, aliases and merges in every place."""
+    try:
+        document = read(f"k: {value}")
+    except InvalidValue:
+        return
+    assert json.loads(json.dumps(document)) == document
