@@ -7,6 +7,7 @@ An evaluator is called with the local and the remote answer. Those that look at 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -330,7 +331,8 @@ class CustomEvaluator:
 
     def __call__(self, local: Answer, remote: Answer) -> Evaluation:
         try:
-            returned = self.function(local, remote)
+            # copies: a function that tidies them up before it compares must not change what is answered and recorded
+            returned = self.function(copy.deepcopy(local), copy.deepcopy(remote))
         except Exception as error:
             raise EvaluatorError(f"evaluator {self.name} raised {type(error).__name__}: {error}") from error
         parts: Any = {}

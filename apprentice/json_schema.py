@@ -145,7 +145,8 @@ def _branch_meant(error: Any) -> list[Any] | None:
 
 
 def _path(parts: tuple[str | int, ...]) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".") or "value"
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".") or "value"
+    return path if len(path) <= 120 else path[:100] + "..."
 
 
 # -- review ----------------------------------------------------------------------------------------------------------
@@ -188,6 +189,8 @@ def _reviewed(node: Any, path: str, draft: str, *, root: bool = True) -> Iterato
             yield from _reviewed_type(value, here)
         elif key == "enum":
             yield from _reviewed_enum(value, here)
+        elif key == "required" and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            yield Problem(here, f"is {in_words(value)}, not a list of names.", "Write [name, ...].")
         elif key == "format" and value not in FORMATS:
             yield Problem(here, f"is {in_words(value)}, which is not enforced.", f"Formats: {', '.join(FORMATS)}.")
 

@@ -134,7 +134,11 @@ class _Walk:
             )
         if kind is dict or kind is list:
             return self._container(value, path, depth)
-        return self._python_value(value, path, depth)
+        try:
+            return self._python_value(value, path, depth)
+        except Exception as error:  # noqa: BLE001  # a foreign object's own methods may raise anything
+            what = f"{type(error).__name__}: {in_words(str(error))}"
+            return self._refuse(path, f"cannot be written as JSON ({what}).", "Give plain data.")
 
     def _container(self, value: Any, path: str, depth: int) -> Any:
         if depth >= MAX_DEPTH:

@@ -8,6 +8,7 @@ asks the local model.
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -38,6 +39,7 @@ from apprentice.errors import (
 )
 from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
+from apprentice.json_values import in_words
 from apprentice.judge import Judge
 from apprentice.local.engine import LocalAnswer
 from apprentice.local.switch import Switch
@@ -59,6 +61,8 @@ RECORD_S = 5.0
 _STORE_PATIENCE_S = 5.0  # for a policy
 _LEAST_S = 0.5  # that the store is given for what follows an answer, though the deadline is there
 _OVERTIME_S = 1.0  # by which a local answer may miss its deadline: engines notice theirs a little late
+
+_LONGEST_NAME = 63  # of a task
 
 _log = secrets.logger("apprentice")
 
@@ -221,10 +225,10 @@ class Router:
     def _task(self, name: str) -> TaskSettings:
         try:
             return self._settings.task(name)
-        except KeyError:
+        except (KeyError, TypeError):  # a name that is a list, say, can be no key
             known = ", ".join(task.name for task in self._settings.tasks)
-            problem = Problem("task", f"there is no task {name!r}.", f"Tasks in apprentice.yaml: {known}.")
-            raise UnknownTask(name, [problem]) from None
+            problem = Problem("task", f"there is no task {in_words(name)}.", f"Tasks in apprentice.yaml: {known}.")
+            raise UnknownTask(str(name)[:_LONGEST_NAME], [problem]) from None
 
     @staticmethod
     def _check(task: TaskSettings, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +298,7 @@ class Router:
             id=request.id,
             task=request.task.name,
             input=request.value,
-            output=answer.output,
+            output=copy.deepcopy(answer.output),  # it may be written later, and what the caller gets is the caller's
             provider=answer.provider,
             model=answer.model,
             created_at=self._clock(),
@@ -488,7 +492,10 @@ class _Beside[T]:
         self._thread.start()
 
     def _work(self) -> None:
-        self._result = _outcome(self._ask)
+        try:
+            self._result = _outcome(self._ask)
+        except BaseException as error:  # noqa: BLE001  # SystemExit and its like: here they would end a thread unseen
+            self._result = _Outcome(error=EngineUnavailable(f"the local engine raised {type(error).__name__}"))
 
     def outcome(self, within_s: float) -> _Outcome[T]:
         """How it ended, ``within_s`` of its beginning; what takes longer is not waited for."""

@@ -5,6 +5,7 @@ import random
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -208,6 +209,20 @@ def test_a_custom_evaluator_that_returns_no_score(returned: object, message: str
 
     with pytest.raises(EvaluatorError, match=f"mine returned {message}"):
         build_evaluator("custom", function=mine)({}, {})
+
+
+def test_a_custom_evaluator_may_tidy_up_what_it_is_given():
+    """It gets copies: what it changes is neither recorded nor answered."""
+
+    def tidied(local: dict[str, Any], remote: dict[str, Any]) -> bool:
+        for answer in (local, remote):
+            answer["tags"].sort()
+            answer.pop("note", None)
+        return local == remote
+
+    local, remote = {"tags": ["b", "a"], "note": "x"}, {"tags": ["a", "b"], "note": "y"}
+    assert build_evaluator("custom", function=tidied)(local, remote).score == 1.0
+    assert (local, remote) == ({"tags": ["b", "a"], "note": "x"}, {"tags": ["a", "b"], "note": "y"})
 
 
 def test_a_custom_evaluator_that_raises():

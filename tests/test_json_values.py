@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from apprentice.json_values import MAX_DEPTH, InvalidValue, compact_json, plain, read_json
 
@@ -154,3 +155,22 @@ def test_no_text_breaks_the_reader(text: str | bytes) -> None:
     """Any text and any bytes are a value or a refusal, never another exception."""
     with contextlib.suppress(InvalidValue):
         assert plain(value := read_json(text)) == value
+
+
+class Unserialisable:
+    """An object whose own methods fail."""
+
+    @property
+    def dtype(self) -> None:
+        raise RuntimeError("no dtype")
+
+
+class Holder(BaseModel):
+    anything: Any = None
+
+
+@pytest.mark.parametrize("value", [Unserialisable(), Holder(anything=object()), Holder(anything={"a": [object()]})])
+def test_a_foreign_object_whose_own_methods_fail_is_refused_with_its_path(value: object) -> None:
+    """A model's serialiser, a library's array: whatever they raise."""
+    with pytest.raises(InvalidValue, match="a: cannot be written as JSON"):
+        plain({"a": value})

@@ -224,6 +224,27 @@ def broken_evaluator(local: dict[str, Any], remote: dict[str, Any]) -> float:
     raise ValueError("never works")
 
 
+@pytest.mark.parametrize("name", [["mood"], {}, None, 3, "", "mood\ud800", "m" * 100_000])
+def test_what_is_no_tasks_name_is_an_unknown_task(bench: Bench, name: Any) -> None:
+    """Of whatever type and length; the error quotes no more than it takes to recognise it."""
+    with pytest.raises(UnknownTask) as caught:
+        bench().client.run(name, {"text": "a fear"})
+    assert len(str(caught.value)) < 400
+
+
+def test_an_engine_that_exits_beside_the_remote_counts_as_failed(bench: Bench) -> None:
+    """In a thread of its own, SystemExit and the like end nothing but that thread."""
+
+    def leaving(value: object) -> dict[str, Any]:
+        raise SystemExit(1)
+
+    at = bench()
+    at.promote()
+    at.local = leaving
+    assert at.run("a fear") == {"label": "fear"}
+    assert at.counted()["local_failed"] == 1
+
+
 def test_status_shows_where_a_task_stands(bench: Bench) -> None:
     """Phase, examples, comparisons and money in one place."""
     at = bench()
@@ -488,7 +509,9 @@ def test_a_paid_answer_is_returned_though_it_cannot_be_recorded(bench: Bench, mo
         raise StoreError("the disk is full")
 
     monkeypatch.setattr(Store, "complete_remote", broken)
-    assert at.run("a fear") == {"label": "fear"}
+    answer = at.run("a fear")
+    assert answer == {"label": "fear"}
+    answer["label"] = "changed by its owner"
     assert len(tries) > 1
     assert at.store.count_examples("mood") == 0
     assert "record_delayed" in at.told()

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, RootModel
 
-from apprentice.json_schema import FORMATS
+from apprentice.json_schema import FORMATS, KEYWORDS
 from apprentice.local.skeleton import Skeleton
+from apprentice.remote.dialects import closed, gemini, strict
 from apprentice.schema import Schema, SchemaError, parse_schema, schema_of_document
 
 
@@ -181,6 +182,10 @@ def test_a_field_called_type_is_a_field_or_named_as_unclear() -> None:
         ({"a": 3}, "3 is no type"),
         ({"type": "object", "properties": {"a": {"type": "strin"}}}, "Did you mean 'string'?"),
         ({"type": "object", "properties": {}, "required": ["a"]}, "names 'a', which is no property"),
+        *(
+            ({"type": "object", "properties": {}, "required": names}, "schema.required: is ")
+            for names in (5, None, True, "a", {"a": 1}, [5], [["a"]])
+        ),
         (of(a={"$ref": "#/$defs/x"}), "points nowhere"),
         (of(a={"$ref": "http://example.com/x"}), "Write '#/$defs/...'"),
         (
@@ -258,6 +263,11 @@ def test_a_bound_concerns_the_values_of_its_type_alone() -> None:
     assert schema.check({"age": None, "name": None}) == {"age": None, "name": None}
     assert schema.parse('{"age": 3, "name": "Ann"}') == {"age": 3, "name": "Ann"}
     assert "age: is -1" in refused(schema, {"age": -1, "name": None})
+
+
+def test_an_endless_field_name_is_cut_in_what_is_said_of_it() -> None:
+    """Errors go into logs, events and HTTP answers."""
+    assert len(refused(parse_schema({"a": "int"}), {"a": 1, "b" * 100_000: 2})) < 200
 
 
 def test_null_for_an_optional_field_that_takes_none_is_its_absence() -> None:
@@ -569,3 +579,26 @@ def test_any_value_fits_or_is_refused_with_words(node: Node, value: object) -> N
     schema = parse_schema(node[0])
     with contextlib.suppress(SchemaError):
         assert schema.check(schema.check(value)) == schema.check(value)
+
+
+_PARTS: st.SearchStrategy[Any] = st.recursive(
+    scalars | st.sampled_from(["string", "integer", "object", "array", "null", "date", "#/$defs/a", "(?!x)"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", *sorted(KEYWORDS)]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(KEYWORDS)), _PARTS, max_size=4))
+def test_a_document_of_known_keywords_with_anything_in_them_is_a_schema_or_a_problem(document: dict[str, Any]) -> None:
+    """No keyword's value is taken for what it should be; what is accepted checks and can be said to every vendor."""
+    for source in (document, {**document, "type": "object"}, {**document, "type": "object", "properties": {"a": {}}}):
+        try:
+            schema = parse_schema(source)
+        except SchemaError:
+            continue
+        for dialect in (strict, closed, gemini):
+            dialect(schema.json_schema)
+        with contextlib.suppress(SchemaError):
+            schema.check({"a": 1})
