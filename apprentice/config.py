@@ -483,9 +483,22 @@ def _explain(error: Any, node: yaml.Node | None) -> list[Problem]:
         return [Problem(path, "is missing.", "", line)]
     # an address may hold a password
     shown = "" if isinstance(value, dict | list | tuple) or loc[-1:][0] in _ADDRESSES else f"is {value!r}: "
-    message = str(cause) if cause else error["msg"].replace("valid tuple", "list")
+    message = str(cause) if cause else _IN_YAML.get(kind, error["msg"])
     return [Problem(path, f"{shown}{message[:1].lower()}{message[1:]}.", "", line)]
 
+
+# Types that a person who writes YAML does not know.
+_IN_YAML = {
+    "model_type": "must be a mapping, with a line for each key",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "mapping_type": "must be a mapping",
+    "decimal_type": "must be a number",
+    "decimal_parsing": "must be a number, without a currency or a unit",
+    "float_parsing": "must be a number, without a unit",
+    "int_parsing": "must be a whole number",
+    "path_type": "must be a path",
+}
 
 _ADDRESSES = ("store", "uri", "artifacts", "webhook", "url", "base_url")
 

@@ -24,6 +24,7 @@ _HINTS = {
     "'\\t'": "Indent with spaces.",
     "'@'": "Write the text in quotes.",
     "'`'": "Write the text in quotes.",
+    "expected <block end>": "Is a line indented otherwise than its neighbours, or a quote in a text not doubled?",
     "mapping values are not allowed": "Is a line indented wrongly, or does a text with a colon lack its quotes?",
     "another document": "Write one document, without a second '---'.",
 }

@@ -1,11 +1,16 @@
 """apprentice.yaml: what users write loads, and what is wrong is explained."""
 
+import re
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
-from apprentice.config import Settings, load_settings, require_key
+from apprentice.config import Settings, TaskSettings, Thresholds, load_settings, require_key
 from apprentice.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -263,3 +268,42 @@ def test_what_is_no_url_is_refused_without_being_shown(tmp_path: Path, url: str)
 def test_numbers_that_nothing_can_count_with_are_refused(tmp_path: Path, old: str, new: str, path: str) -> None:
     """The ledger counts in 64 bits, and a call is reserved at the price of fresh input."""
     assert path in problems_of(tmp_path, USER_CONFIG.replace(old, new))
+
+
+def _sections() -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    yield (), Settings
+    yield ("tasks",), TaskSettings
+    yield ("tasks", "confidence_thresholds"), Thresholds
+    for name in ("remote", "local", "sampling", "budget", "tracking", "alerts"):
+        annotation = Settings.model_fields[name].annotation
+        assert annotation is not None
+        yield (name,), annotation
+
+
+@pytest.mark.parametrize(
+    ("place", "section"), list(_sections()), ids=lambda it: ".".join(it) or "file" if isinstance(it, tuple) else ""
+)
+def test_a_value_of_another_kind_is_explained_in_words_of_yaml(
+    tmp_path: Path, place: tuple[str, ...], section: type[BaseModel]
+) -> None:
+    """Whatever stands in the place of whatever: with its line, and without a word of Python's types."""
+    for key in section.model_fields:
+        for wrong in (None, "x y", 5.5, -1, True, [[]], {"a": {}}):
+            document: Any = {
+                "tasks": [
+                    {"name": "mood", "description": "d", "input_schema": {"t": "str"}, "output_schema": {"l": "a | b"}}
+                ],
+                "remote": {"provider": "openai", "model": "gpt-4o-mini", "api_key_env": "K"},
+            }
+            inner = document
+            for step in place:
+                inner = inner["tasks"][0] if step == "tasks" else inner.setdefault(step, {})
+            inner[key] = wrong
+            path = tmp_path / "apprentice.yaml"
+            path.write_text(yaml.safe_dump(document))
+            try:
+                load_settings(path, {})
+            except ConfigError as error:
+                said = str(error)
+                assert not re.search(r"dictionar|instance|tuple|class|pathlib|decimal|Settings\b", said), said
+                assert "(line " in said, said
