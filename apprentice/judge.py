@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from apprentice import secrets
 from apprentice.confidence.correlation import CHANCE_DRAWS
 from apprentice.confidence.novelty import Vocabulary
 from apprentice.confidence.trust import (
@@ -28,6 +29,7 @@ from apprentice.confidence.trust import (
     EventKind,
     Figures,
     LocalObservation,
+    Seed,
     Stale,
     Trust,
     TrustSettings,
@@ -36,7 +38,7 @@ from apprentice.confidence.trust import (
     weigh_seed,
 )
 from apprentice.config import Settings, TaskSettings
-from apprentice.errors import EvaluatorError
+from apprentice.errors import EvaluatorError, MissingExtra
 from apprentice.evaluators import Evaluation, Evaluator, build_evaluator
 from apprentice.events import kinds
 from apprentice.events.kinds import Level
@@ -51,6 +53,7 @@ from apprentice.time_limit import TimeLimit, TookTooLong
 
 __all__ = ["Judge", "evaluator_of", "trust_settings"]
 
+_log = secrets.logger(__name__)
 # Observations of local answers are handed to the second watch in batches: one transaction for this many.
 _WATCH_BATCH = 64
 # So many are kept while the store cannot be written.
@@ -96,6 +99,22 @@ class _Guarded:
             raise
         except Exception as error:
             raise EvaluatorError(f"evaluator {self._name} raised {type(error).__name__}: {error}") from error
+
+
+class _Bounded:
+    """An evaluator that comes back in time, with an `EvaluatorError` if it must."""
+
+    def __init__(self, evaluate: Evaluator, limit: TimeLimit) -> None:
+        self._evaluate = evaluate
+        self._limit = limit
+        if hasattr(evaluate, "project"):
+            self.project = evaluate.project
+
+    def __call__(self, local: Mapping[str, Any], remote: Mapping[str, Any]) -> Evaluation:
+        try:
+            return self._limit.run(lambda: self._evaluate(local, remote))
+        except TookTooLong as error:
+            raise EvaluatorError(str(error)) from error
 
 
 def evaluator_of(task: TaskSettings) -> Evaluator:
@@ -181,6 +200,11 @@ class Judge:
             name = settings.evaluator_function or settings.evaluator
             known = self._evaluators[task] = _Guarded(evaluator_of(settings), name)
         return known
+
+    def bounded_evaluator(self, task: str) -> Evaluator:
+        """The evaluator; one that hangs is an `EvaluatorError` too, after its time limit."""
+        evaluate, limit = self.evaluator(task), self._limits.get(task)
+        return evaluate if limit is None else _Bounded(evaluate, limit)
 
     def rate(self, task: str, answer: LocalAnswer) -> LocalAnswer:
         """The answer with the confidence that this task's evaluator cares about; see `StructuredMatch.expect`."""
@@ -366,11 +390,13 @@ class Judge:
         """Make ``version`` the task's champion; its held-out comparisons are the first evidence for or against it.
 
         A version that was champion before goes on from all that it had earned, for as long as that is remembered and
-        the target is the same. The champion, its policy, the comparisons and the events change in one transaction. Who
-        wanted it, and since which promotion nobody else may have: see `Store.promote`.
+        the target is the same; the evaluator is not asked then. Where it fails or takes too long, the gate's promotion
+        raises `EvaluatorError`, and a person's takes effect all the same: the version begins with no evidence. The
+        champion, its policy, the comparisons and the events change in one transaction. Who wanted it, and since which
+        promotion nobody else may have: see `Store.promote`.
         """
         settings = self._settings[task]
-        weighed = weigh_seed(seed, settings, self.evaluator(task), self._draw)
+        weighed, seed = self._weighed_seed(task, version, seed, must=how == "gate")
 
         def change(before: TaskState, own: TaskState) -> StateChange:
             phase = Phase(before.phase)
@@ -388,6 +414,24 @@ class Judge:
         with self._locks[task]:
             self._known.clear()
             return self._store.promote(task, version, change, reason, how=how, by=by, since=since)
+
+    def _weighed_seed(
+        self, task: str, version: str, seed: Sequence[ComparisonRecord], *, must: bool
+    ) -> tuple[Seed, Sequence[ComparisonRecord]]:
+        """The held-out comparisons that a version's trust begins with, weighed; nothing where it has begun before."""
+        settings = self._settings[task]
+        if not seed or Trust.is_evidence(self._store.policy_row(task, version).trust, settings):
+            return Seed(0, (), ()), ()
+        # A person who rolls back does not wait for as many calls of a slow evaluator as a gate does.
+        times = len(seed) if must else 1
+        try:
+            evaluate = self.evaluator(task)
+            return self._limited(task, lambda: weigh_seed(seed, settings, evaluate, self._draw), times=times), seed
+        except (EvaluatorError, MissingExtra, TookTooLong) as error:
+            if must:
+                raise EvaluatorError(f"the held-out comparisons of {version} cannot be weighed: {error}") from error
+            _log.warning("%s: %s becomes champion with no evidence of its own: %s", task, version, error)
+            return Seed(0, (), ()), ()
 
     def refuse(self, task: str, reason: str) -> None:
         """A retrained candidate did not pass the gate: versions that are under alarm serve no longer."""

@@ -39,8 +39,14 @@ def watch(
 ) -> None:
     """Train what is due until ``stop`` is set. ``told`` hears how every run ended.
 
-    A run that breaks down is left to the next look; the run itself counts how often it was tried.
+    A run that is under way then is interrupted, and goes on when a coach is started again. One that breaks down is left
+    to the next look; the run itself counts how often it was tried.
     """
+
+    def go_on(_step: str, _done: float) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+
     follower = threading.Thread(target=follow_registry, args=(settings, stop, poll_s), name="registry", daemon=True)
     follower.start()
     shop = Workshop.open(settings)
@@ -54,12 +60,15 @@ def watch(
                 if stop.is_set():
                     break
                 try:
-                    told(task, coach_task(settings, task, reason=reason, engine=engine))
+                    told(task, coach_task(settings, task, reason=reason, engine=engine, progress=go_on))
                 except Busy:
                     continue  # another worker is at it
                 except Exception:  # noqa: BLE001  # a watch that dies trains nothing any more; the run is kept and taken up again
                     _log.exception("training %s broke down; the run is resumed at the next look", task)
                     failed = True
+                except BaseException:  # the run is interrupted, by ``go_on`` or by a signal that Prefect caught
+                    if not stop.is_set():
+                        raise
             broke_down = broke_down + 1 if failed else 0
             if broke_down:
                 pause_s = max(poll_s, min(30.0 * 2 ** (broke_down - 1), 600.0))

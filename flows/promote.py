@@ -54,7 +54,7 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
     # Promoted by a worker that was killed since, or trained again, to the byte, by a run of its own.
     already = champion == version.name or any(p.version == version.name and p.how == "gate" for p in promotions)
     verdict = decide(
-        evidence(validated, serving=validated.champion is not None and shop.store.policy_row(run.task).phase == 3),
+        evidence(validated, serving=champion is not None and shop.store.policy_row(run.task).phase == 3),
         coaching_trigger=task.confidence_thresholds.coaching_trigger,
         margin=shop.settings.local.promotion_margin,
     )
@@ -120,8 +120,8 @@ def _wait(shop: Workshop, version: VersionRecord, verdict: Verdict, why: str) ->
 
 def _refuse(shop: Workshop, version: VersionRecord, reason: str) -> None:
     shop.store.set_version_status(version.task, version.name, "rejected", reason)
-    shop.engine.unload(version.name)  # nobody will ask it again; a server may be shared and is not ours to fill
-    shop.judge.refuse(version.task, reason)
+    shop.judge.refuse(version.task, reason)  # first: what is under alarm serves until then
+    shop.let_go(version.name)  # a server may be shared and is not ours to fill
     if version.mlflow_version is not None and shop.tracking.aliased(version.task, CANDIDATE) == version.name:
         shop.tracking.drop_alias(version.task, CANDIDATE)
     show_statuses(shop, version.task)

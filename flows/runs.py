@@ -66,9 +66,13 @@ def close_run(shop: Workshop, run: RunRecord, state: RunState, error: str = "") 
 
 
 def interrupt(shop: Workshop, run: RunRecord, why: str) -> None:
-    """Say in store and MLflow that a run stands still and will be resumed. Whoever is dying must not fail at it."""
+    """Say in store and MLflow that a run stands still and will be resumed. Whoever is dying must not fail at it.
+
+    Being stopped in an orderly way is no failed attempt: a worker may be restarted as often as anybody likes.
+    """
     try:
-        shop.store.update_run(run.id, error=f"interrupted: {why}")
+        attempts = run_of(shop, run.task, run.id).attempts
+        shop.store.update_run(run.id, error=f"interrupted: {why}", attempts=max(1, attempts - 1))
     except Exception:  # noqa: BLE001
         _log.warning("the run %s could not be marked as interrupted", run.id, exc_info=True)
     _show(shop, run, "interrupted")

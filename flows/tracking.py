@@ -130,14 +130,17 @@ class Tracking:
             self._client.delete_registered_model_alias(model_name(task), alias)
 
     def aliased(self, task: str, alias: str) -> str | None:
-        """The name (content hash) of the version that an alias points at; None where it points nowhere."""
+        """The name (content hash) of the version that an alias points at; None where it points nowhere.
+
+        One that somebody registered by hand has no name of ours, and is called by its number: "number 3 in MLflow".
+        """
         try:
             found = self._client.get_model_version_by_alias(model_name(task), alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
-        return found.tags.get(_VERSION_TAG)
+        return found.tags.get(_VERSION_TAG) or f"number {found.version} in MLflow"
 
     def agree(self, task: str, version: str) -> None:
         """Remember that the alias `champion` and the store name the same version."""

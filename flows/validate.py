@@ -13,14 +13,16 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from apprentice import secrets
 from apprentice.confidence.correlation import Tally, chance
-from apprentice.errors import EvaluatorError, OutputError, TrainingError
+from apprentice.errors import EvaluatorError, OutputError, TrainingError, VersionError
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import choose_probes
 from apprentice.schema import Schema
 from apprentice.store.records import RunRecord
 from flows.dataset import load_dataset, write_whole
+from flows.gate import ENOUGH
 from flows.runs import advance, run_of
 from flows.steps import Answered, Trained, Validated, read_result, write_result
 from flows.trainers import read_rows
@@ -28,6 +30,7 @@ from flows.workshop import Workshop, workshop
 
 __all__ = ["figures_of", "validate", "validate_run"]
 
+_log = secrets.logger("apprentice.coach")
 _CHUNK = 32
 _PROBES = 24
 _BASE = "base-of-"
@@ -65,7 +68,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     trained = replace(trained, folder=str(folder))
     rows = list(read_rows(load_dataset(shop.datasets(run.task), run.data_digest).held_out))
     schema, takes = shop.task(run.task).output_schema, shop.task(run.task).input_schema
-    evaluate = shop.judge.evaluator(run.task)
+    evaluate = shop.judge.bounded_evaluator(run.task)
     engine = shop.engine
     engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
@@ -74,14 +77,23 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     rate = len(rows) / max(time.monotonic() - started, 1e-9)
     champion = shop.store.policy_row(run.task).champion
     champion_scores: dict[str, float] = {}
+    bereft: list[str] = []
     if champion is not None and champion != trained.version:
-        champion_scores = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
+        try:
+            champion_scores = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
+        except VersionError as error:
+            # It serves nobody who starts now. To insist on the comparison would keep its successor out for ever.
+            bereft = [f"not compared with the champion {champion}, which cannot be loaded: {error}"]
+            _log.warning("%s: %s", run.task, bereft[0])
+            champion = None
     judged: list[Answered] = []
+    failed: list[EvaluatorError] = []
     for row, answer in zip(rows, answers, strict=True):
         if isinstance(answer, LocalAnswer):
             try:
                 score, parts = evaluate(answer.output, row.output)
-            except EvaluatorError:
+            except EvaluatorError as error:
+                failed.append(error)
                 continue  # it says nothing about the candidate
             local, confidence = dict(answer.output), shop.judge.rate(run.task, answer).confidence
         else:
@@ -89,8 +101,11 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
         judged.append(
             Answered(row.id, local, dict(row.output), score, dict(parts), confidence, champion_scores.get(row.id))
         )
-    active, reproduced, notes = _probe(engine, trained, run.task, schema, takes, inputs, answers)
-    result = figures_of(judged, evaluate, trained.version, champion, active, reproduced, rate, notes)
+    if 2 * len(failed) > len(rows):
+        # The gate would refuse it for want of scores, which would be a verdict on the evaluator.
+        raise EvaluatorError(f"{len(failed)} of {len(rows)} held-out answers were not scored: {failed[-1]}")
+    active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, inputs, answers)
+    result = figures_of(judged, evaluate, trained.version, champion, active, reproduced, rate, bereft + notes)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.metrics(
         {
@@ -136,9 +151,13 @@ def _answer_all(
 def _champion_scores(
     shop: Workshop, task: str, champion: str, rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
 ) -> dict[str, float]:
-    """The champion's score on each held-out example; most are known, from shadowing and from its own gate."""
+    """The champion's score on each held-out example; most are known, from shadowing and from its own gate.
+
+    One that cannot be loaded is compared where its score is known. Raises `VersionError` where that is too seldom to
+    tell the two apart.
+    """
     rows = list(rows)
-    evaluate = shop.judge.evaluator(task)
+    evaluate = shop.judge.bounded_evaluator(task)
     remote = {row_id: output for row_id, _, output in rows}
     known = {
         c.request_id: c.score
@@ -147,12 +166,14 @@ def _champion_scores(
     }
     missing = [(row_id, value, output) for row_id, value, output in rows if row_id not in known]
     if missing:
-        record = shop.store.version(task, champion)
-        if record is None:
-            raise TrainingError(f"the store holds no version {champion!r}, the champion of {task!r}; was it deleted?")
-        adapter = shop.adapter(record)
-        schema, takes = shop.task(task).output_schema, shop.task(task).input_schema
-        shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
+        try:
+            _load_champion(shop, task, champion)
+        except VersionError as error:
+            if len(known.keys() & remote.keys()) < ENOUGH:
+                raise
+            _log.warning("%s: the champion %s is compared where its score is known: %s", task, champion, error)
+            missing = []
+    if missing:
         answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
         for (row_id, _, output), answer in zip(missing, answers, strict=True):
             try:
@@ -162,8 +183,20 @@ def _champion_scores(
     return {row_id: known[row_id] for row_id in remote if row_id in known}
 
 
+def _load_champion(shop: Workshop, task: str, champion: str) -> None:
+    """Raises `VersionError` where no router could load it either: its record or its files are gone or damaged."""
+    record = shop.store.version(task, champion)
+    if record is None:
+        raise VersionError(f"the store holds no version {champion!r} of {task!r}; was it deleted?")
+    adapter = shop.adapter(record)
+    if adapter is not None and not adapter.is_dir():
+        raise VersionError(f"its folder {adapter} is not there")
+    schema, takes = shop.task(task).output_schema, shop.task(task).input_schema
+    shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
+
+
 def _probe(
-    engine: Engine,
+    shop: Workshop,
     trained: Trained,
     task: str,
     schema: Schema,
@@ -178,6 +211,7 @@ def _probe(
     answered = [
         (value, answer) for value, answer in zip(inputs, answers, strict=True) if isinstance(answer, LocalAnswer)
     ]
+    engine = shop.engine
     probed = choose_probes(answered, _PROBES, random.Random(trained.version))
     chosen = [(value, answer.output) for value, answer in probed]
     again = engine.answer_many(trained.version, [value for value, _ in chosen])
@@ -193,7 +227,7 @@ def _probe(
     try:
         untrained = engine.answer_many(base.name, [value for value, _ in chosen])
     finally:
-        engine.unload(base.name)
+        shop.let_go(base.name)
     probes = [
         {
             "input": dict(value),

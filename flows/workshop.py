@@ -131,6 +131,13 @@ class Workshop:
         self._own.append(engine.close)
         return engine
 
+    def let_go(self, version: str) -> None:
+        """Unload what nobody will ask again. An engine that fails at it must not undo what was found out with it."""
+        try:
+            self.engine.unload(version)
+        except Exception:  # noqa: BLE001  # at worst it takes memory
+            _log.warning("version %s could not be unloaded", version, exc_info=True)
+
     def adapters(self, task: str) -> Path:
         """Where a task's adapters lie, each in a folder named by its content."""
         return self.settings.model_dir / task

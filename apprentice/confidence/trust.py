@@ -661,13 +661,15 @@ class Trust:
         """Fix the thresholds and let the comparisons that waited for them bet."""
         self.pending = []
         seen: list[_Seen] = []
-        events = []
+        why = None
         for pending, expected in opening:
             if isinstance(expected, _Chance):
                 seen.append(self._numbers(pending, expected))
             else:
                 self.unscored += 1
-                events.append(Event(EventKind.UNSCORED, {"unscored": self.unscored, "why": expected}))
+                why = expected
+        # One event, however many there are: whoever hears of it has one evaluator to mend.
+        events = [] if why is None else [Event(EventKind.UNSCORED, {"unscored": self.unscored, "why": why})]
         self._new_slices([one.confidence for one in seen])
         assert self.slices is not None
         for one in seen:
