@@ -81,7 +81,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     if champion is not None and champion != trained.version:
         try:
             champion_scores = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
-        except VersionError as error:
+        except _Lost as error:
             # It serves nobody who starts now. To insist on the comparison would keep its successor out for ever.
             bereft = [f"not compared with the champion {champion}, which cannot be loaded: {error}"]
             _log.warning("%s: %s", run.task, bereft[0])
@@ -153,8 +153,8 @@ def _champion_scores(
 ) -> dict[str, float]:
     """The champion's score on each held-out example; most are known, from shadowing and from its own gate.
 
-    One that cannot be loaded is compared where its score is known. Raises `VersionError` where that is too seldom to
-    tell the two apart.
+    One that cannot be loaded is compared where its score is known. Raises `_Lost` where that is too seldom to tell the
+    two apart.
     """
     rows = list(rows)
     evaluate = shop.judge.bounded_evaluator(task)
@@ -168,7 +168,7 @@ def _champion_scores(
     if missing:
         try:
             _load_champion(shop, task, champion)
-        except VersionError as error:
+        except _Lost as error:
             if len(known.keys() & remote.keys()) < ENOUGH:
                 raise
             _log.warning("%s: the champion %s is compared where its score is known: %s", task, champion, error)
@@ -183,16 +183,23 @@ def _champion_scores(
     return {row_id: known[row_id] for row_id in remote if row_id in known}
 
 
+class _Lost(Exception):
+    """The champion cannot be loaded, and waiting does not help."""
+
+
 def _load_champion(shop: Workshop, task: str, champion: str) -> None:
-    """Raises `VersionError` where no router could load it either: its record or its files are gone or damaged."""
+    """Raises `_Lost` where no router could load it either: its record or its files are gone or damaged."""
     record = shop.store.version(task, champion)
     if record is None:
-        raise VersionError(f"the store holds no version {champion!r} of {task!r}; was it deleted?")
+        raise _Lost(f"the store holds no version {champion!r} of {task!r}; was it deleted?")
     adapter = shop.adapter(record)
     if adapter is not None and not adapter.is_dir():
-        raise VersionError(f"its folder {adapter} is not there")
+        raise _Lost(f"its folder {adapter} is not there")
     schema, takes = shop.task(task).output_schema, shop.task(task).input_schema
-    shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
+    try:
+        shop.engine.load(Version(champion, task, adapter, schema, record.remote_model, takes))
+    except VersionError as error:
+        raise _Lost(str(error)) from error
 
 
 def _probe(

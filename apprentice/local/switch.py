@@ -270,6 +270,9 @@ class Switch:
             return
         version = self._lookup(task, name)
         self._engine.load(version)
+        if line.serving != name:  # another took over and had this one unloaded meanwhile
+            self._let_go(name)
+            return
         # The engine may say that it is well and hang all the same. It is asked what it has answered before: the
         # request that failed may be what brings it down. A vendor's answer would cost money.
         if line.answered is not None and version.remote_model is None:

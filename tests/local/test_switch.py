@@ -228,6 +228,31 @@ def test_a_version_that_the_engine_lost_is_loaded_again_at_the_first_request(
     ]
 
 
+def test_a_version_that_is_succeeded_while_it_is_loaded_again_does_not_stay(
+    switch: Switch, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever unload it: recovering and moving are two threads, and the move was done by then."""
+    serve(switch, "v1")
+    inside, go_on, load = threading.Event(), threading.Event(), engine.load
+
+    def slowly(version: Version) -> None:
+        if version.name == "v1":
+            inside.set()
+            go_on.wait(WAIT_S)
+        load(version)
+
+    monkeypatch.setattr(engine, "load", slowly)
+    engine.forget()
+    with pytest.raises(VersionError):
+        switch.answer("t", {}, 1.0)
+    assert inside.wait(WAIT_S)
+    serve(switch, "v2")
+    go_on.set()
+    until(lambda: switch.healthy("t"))
+    assert [held.name for held in engine.loaded()] == ["v2"]
+    assert switch.answer("t", {}, 1.0).output == {"by": "v2"}
+
+
 def test_failures_of_one_task_count_beside_the_successes_of_another(switch: Switch, engine: FakeEngine) -> None:
     """Servers may be apart: one per version."""
     serve(switch, "v1", "t")
