@@ -194,7 +194,7 @@ def _in_time(timeout: float | None, too_late: type[Exception]) -> float | None:
         return timeout
     left_s = _deadline.ends - time.monotonic()
     if left_s <= 0:
-        raise too_late("the answer was still arriving at its deadline")
+        raise too_late("the deadline has passed")
     return left_s if timeout is None else min(timeout, left_s)
 
 

@@ -33,6 +33,11 @@ def read(provider: Provider, response: Response, now: float) -> Completion | Fai
         return of_response(response, now)
     try:
         body = json.loads(response.content)
+    except (ValueError, RecursionError):
+        shown = scrub(response.content[: 8 * _MOST_SHOWN].decode("utf-8", "replace"))[:_MOST_SHOWN].strip()
+        what = f"what is no JSON: {shown!r}" if shown else "nothing"
+        return Failure(f"answered {response.status} with {what}; is base_url right?", billed=True)
+    try:
         if (error := error_inside(body)) is not None:
             return of_error(error, response, now, billed=reports_usage(body))
         try:

@@ -116,6 +116,9 @@ class Failure:
 def of_exception(error: Exception) -> Failure:
     """An attempt that ended without a whole response."""
     what = f"{type(error).__name__}{f': {error}' if str(error) else ''}"
+    request = getattr(error, "_request", None)  # which raises where there is none, asked without the underscore
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and request is not None:
+        what = f"cannot reach {request.url.host} ({what})"
     # An answer that cannot be decoded, or is larger than any answer, would be so again.
     again = isinstance(error, httpx.HTTPError) and not isinstance(error, (httpx.DecodingError, *_WRONG_HERE))
     return Failure(scrub(what), again=again, billed=not isinstance(error, _NEVER_SENT))
@@ -226,7 +229,7 @@ def _status(error: Mapping[str, Any]) -> int | None:
 def _message(error: Mapping[str, Any], response: Response) -> str:
     said = error.get("message")
     text = said.strip() if isinstance(said, str) else ""
-    text = text or _beginning(response).strip()
+    text = text or _redirection(response) or _beginning(response).strip()
     text = text or httpx.codes.get_reason_phrase(response.status) or "an error without a text"
     metadata = error.get("metadata")
     upstream = metadata.get("raw") if isinstance(metadata, dict) else None  # what OpenRouter's vendor said
@@ -236,6 +239,16 @@ def _message(error: Mapping[str, Any], response: Response) -> str:
     text = f"{kind}: {text}" if isinstance(kind, str) and kind not in text else text
     text = scrub(text)  # before it is cut: half a key is a secret too
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def _redirection(response: Response) -> str:
+    """Where a response sends its reader, without what may be secret in it; "" where it sends nobody anywhere."""
+    try:
+        target = httpx.URL(response.headers.get("location", "")) if 300 <= response.status < 400 else httpx.URL()
+    except httpx.InvalidURL:
+        return ""
+    where = f"{target.host or 'the same host'}{target.path}"
+    return f"it redirects to {where}, which is not followed; correct base_url" if target.path else ""
 
 
 def _is_about_format(error: Mapping[str, Any], response: Response) -> bool:

@@ -466,6 +466,38 @@ def test_what_was_sent_may_be_billed(error: Exception, billed: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        (
+            httpx.Response(200, content=b"<html>Sign in</html>"),
+            "answered 200 with what is no JSON: '<html>Sign in</html>'",
+        ),
+        (httpx.Response(200, content=b""), "answered 200 with nothing; is base_url right?"),
+        (httpx.Response(200, content=b"[" * 100_000), "answered 200 with what is no JSON: '[[["),
+        (
+            httpx.Response(302, headers={"location": "https://login.example/sso?token=t0ken-t0ken"}, content=b"Moved"),
+            "it redirects to login.example/sso, which is not followed; correct base_url",
+        ),
+        (httpx.Response(307, headers={"location": "/v1/x"}), "it redirects to the same host/v1/x"),
+        (httpx.Response(302, headers={"location": "http://h:port/"}, content=b"Moved"), "Moved"),
+    ],
+)
+def test_a_page_in_the_place_of_an_api_points_to_the_address(response: httpx.Response, says: str) -> None:
+    """A proxy's sign-in page, a server's front page: what came is quoted, and where to look is said."""
+    failure = read(provider("anthropic"), received(response), 0.0)
+    assert isinstance(failure, Failure)
+    assert says in failure.message
+    assert len(failure.message) < 400
+    assert "t0ken" not in failure.message
+
+
+def test_who_cannot_be_reached_is_named() -> None:
+    """There may be several vendors, and a proxy between."""
+    error = httpx.ConnectError("refused", request=httpx.Request("POST", "https://me:pass@api.example/v1?key=abc"))
+    assert of_exception(error).message == "cannot reach api.example (ConnectError: refused)"
+
+
+@pytest.mark.parametrize(
     "error", [httpx.LocalProtocolError(f"Illegal header value b'Bearer {KEY}\\n'"), httpx.UnsupportedProtocol("ftp")]
 )
 def test_a_request_that_is_wrong_here_is_not_tried_again(error: Exception) -> None:
