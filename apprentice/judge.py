@@ -41,6 +41,7 @@ from apprentice.config import Settings, TaskSettings
 from apprentice.errors import EvaluatorError, MissingExtra
 from apprentice.evaluators import Evaluation, Evaluator, build_evaluator
 from apprentice.events import kinds
+from apprentice.events.emitter import QUIET_S
 from apprentice.events.kinds import Level
 from apprentice.local.engine import LocalAnswer
 from apprentice.phases import Phase
@@ -179,6 +180,7 @@ class Judge:
         self._locks = {task.name: threading.Lock() for task in settings.tasks}
         # The trust as this process last wrote it. Another process's change shows in the revision, and it is read again.
         self._known: dict[tuple[str, str], tuple[int, Trust]] = {}
+        self._unscored_at: dict[tuple[str, str], float] = {}  # when it was last told (Unix seconds)
         self._watching = threading.Lock()
         self._observed: dict[tuple[str, str], list[_Observed]] = {}
         self._vocabularies: dict[tuple[str, str], Vocabulary | None] = {}
@@ -460,6 +462,7 @@ class Judge:
     ) -> TaskState:
         """Load a version's trust (the champion's where none is named), change it and write it, in one transaction."""
         written: list[Trust] = []
+        failed = False
 
         def apply(state: TaskState) -> StateChange:
             key = (task, state.version or "")
@@ -467,13 +470,21 @@ class Judge:
             if trust is None or revision != state.revision:
                 trust = self._loaded(state)
             trust.training_due = state.training_due is not None  # the task's, and another version's alarm may set it
+            nonlocal failed
             events, comparisons = change(state, trust)
             written[:] = [trust]
+            failed = any(event.kind is EventKind.UNSCORED for event in events)
+            if failed and 0 <= self._clock() - self._unscored_at.get(key, -math.inf) < QUIET_S:
+                # An evaluator that is away fails for every request; whoever hears of it has one evaluator to mend.
+                failed = False
+                events = [event for event in events if event.kind is not EventKind.UNSCORED]
             return self._changed(state, trust, events, comparisons)
 
         with self._locks[task]:
             state = self._store.update_state(task, apply, version=version)
             self._known[task, state.version or ""] = (state.revision, written[0])
+            if failed:
+                self._unscored_at[task, state.version or ""] = self._clock()
             if len(self._known) > _MOST_KNOWN * len(self._locks):
                 self._known.clear()
         return state

@@ -167,6 +167,22 @@ def test_comparisons_of_many_threads_and_processes_are_all_counted_once(bench: B
     assert figures.since_all.agreement.n == pytest.approx(72)
 
 
+def test_an_evaluator_that_is_away_is_told_once_in_a_while(bench: Bench) -> None:
+    """One event and not one a request, with the count of all; the next when it still fails later."""
+    at = bench(tasks=[evaluated_by(moody)])
+    at.promote()
+    now = [time.time()]
+    judge = Judge(at.client.settings, at.store, lambda: now[0], random.Random(1))
+    holding.clear()
+    for n in range(41):
+        if n == 40:
+            now[0] += 3600.0
+        with pytest.raises(EvaluatorError):
+            compare(judge, at.client.settings, n)
+    told = [event.evidence["unscored"] for event in at.store.events("mood") if event.kind == "unscored"]
+    assert told == [1, 41]
+
+
 def test_who_only_reads_needs_no_evaluator(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Status works without an evaluator's library; a client that would lose every comparison does not start."""
     at = bench()
