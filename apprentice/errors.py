@@ -120,11 +120,15 @@ class MissingExtra(ApprenticeError):
 
 
 class Unavailable(ApprenticeError):
-    """Nobody could answer. ``remote`` and ``local`` hold the two causes, None where that side was not asked."""
+    """Nobody could answer. ``remote`` and ``local`` hold the two causes, None where that side was not asked.
+
+    ``retry_after_s`` is how long to wait before asking again, None if that is not known.
+    """
 
     def __init__(self, message: str, *, remote: Exception | None = None, local: Exception | None = None) -> None:
         self.remote = remote
         self.local = local
+        self.retry_after_s = remote.retry_after_s if isinstance(remote, RemoteUnavailable) else None
         super().__init__(message)
 
 
@@ -159,8 +163,8 @@ class BudgetExceeded(Unavailable):
         self.held = held
         self.needs = needs
         self.in_flight = in_flight
-        self.retry_after_s = retry_after_s
         super().__init__(self._words(), local=local)
+        self.retry_after_s = retry_after_s
 
     def beside(self, local: Exception | None) -> BudgetExceeded:
         """The same, with why the local model did not answer either."""
@@ -220,7 +224,16 @@ class RemoteRefused(RemoteError):
 
 
 class RemoteUnavailable(RemoteError):
-    """The vendor did not answer in time, within every retry that the deadline allowed."""
+    """The vendor did not answer in time, within every retry that the deadline allowed.
+
+    ``retry_after_s`` is for how long it is left alone, because it asked for that or keeps failing; None if it is not.
+    """
+
+    def __init__(
+        self, provider: str, message: str, *, status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(provider, message, status=status)
 
 
 class OutputError(ApprenticeError):

@@ -63,7 +63,7 @@ def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: De
         spent=spent,
         held=held,
         training_due=state.training_due,
-        waits_for_coach=waits_for_coach(settings, store, task),
+        waits_for_coach=waits_for_coach(settings, store, task, time.time()),
         last_alert=_words(alert.kind, alert.at) if alert else None,
     )
 

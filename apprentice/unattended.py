@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from apprentice.config import Settings
+from apprentice.due import due_reason
 from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
 from apprentice.store import Store
@@ -19,18 +20,12 @@ _LOOK_S = 60.0
 _GRACE_S = 600.0  # a coach may be restarted in the meantime
 
 
-def waits_for_coach(settings: Settings, store: Store, task: str) -> str | None:
-    """Why a task is to be trained, in words, if no coach watches or trains it; else None.
+def waits_for_coach(settings: Settings, store: Store, task: str, now: float) -> str | None:
+    """Why a task is to be trained at ``now`` (Unix seconds), in words, if no coach watches or trains it; else None.
 
     A coach that watches holds the lease ``watch:TASK``, one that trains ``coach:TASK``.
     """
-    state = store.policy_row(task)
-    reason = state.training_due
-    if reason is None and state.champion is None and not store.runs(task):
-        needed = settings.task(task).confidence_thresholds.phase1_to_phase2
-        examples = store.example_totals(task).kept
-        if examples >= needed:
-            reason = f"{examples} examples, {needed} needed for the first run"
+    reason = due_reason(settings, store, task, now)
     if reason is None or store.lease(f"watch:{task}") or store.lease(f"coach:{task}"):
         return None
     return reason
@@ -54,7 +49,7 @@ class Unattended:
             return
         self._looked_at = now
         for task in self._settings.tasks:
-            reason = waits_for_coach(self._settings, self._store, task.name)
+            reason = waits_for_coach(self._settings, self._store, task.name, now)
             if reason is None:
                 self._since.pop(task.name, None)
             elif now - self._since.setdefault(task.name, now) >= _GRACE_S:

@@ -28,19 +28,17 @@ from apprentice.config import Settings
 from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, LeaseLost, MissingExtra, TrainingError
 from apprentice.events.kinds import EventKind
 from apprentice.local.engine import Engine
-from apprentice.store import Store
 from apprentice.store.records import RunRecord, RunState
 from flows.cancellation import Cancellation, RunCancelled
 from flows.curate import curate
-from flows.due import training_due
 from flows.finetune import finetune
 from flows.lease import held_lease, training_lease, worker
 from flows.promote import promote
-from flows.runs import begin, close_run, interrupt, last_run, run_of
+from flows.runs import begin, close_run, interrupt, run_of
 from flows.validate import validate
 from flows.workshop import Workshop, at_hand, workshop
 
-__all__ = ["CoachResult", "abandon", "coach", "coach_task", "due_reason", "prefect_at"]
+__all__ = ["CoachResult", "abandon", "coach", "coach_task", "prefect_at"]
 
 MOST_ATTEMPTS = 3
 _log = secrets.logger("apprentice.coach")
@@ -86,25 +84,6 @@ def coach(config: str, task: str, run: str) -> bool | State[Any]:
             return promote(config, task, run)
     except RunCancelled as cancelled:
         return Cancelled(message=str(cancelled))
-
-
-def due_reason(settings: Settings, store: Store, task: str, *, now: float | None = None) -> str | None:
-    """Why a task is to be trained at ``now`` (Unix seconds), or None."""
-    unfinished = store.open_run(task)
-    if unfinished is not None:
-        return f"resumes: {unfinished.reason}"
-    state = store.policy_row(task)
-    last = last_run(store.runs(task), time.time() if now is None else now)
-    local = settings.local
-    return training_due(
-        store.count_examples(task),
-        last,
-        first_at=settings.task(task).confidence_thresholds.phase1_to_phase2,
-        batch=local.fine_tune_batch_size,
-        growth=local.fine_tune_growth,
-        escalated=state.training_due,
-        has_champion=state.champion is not None,
-    )
 
 
 def coach_task(

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from apprentice import secrets
 from apprentice.config import Settings
+from apprentice.due import due_reason
 from apprentice.errors import ApprenticeError
 from apprentice.local.engine import Engine
-from flows.coach import CoachResult, coach_task, due_reason
+from flows.coach import CoachResult, coach_task
 from flows.lease import Busy, watch_lease, worker
 from flows.observe import observe_all
 from flows.review import follow
@@ -83,7 +84,7 @@ def due_tasks(settings: Settings, shop: Workshop) -> list[tuple[str, str]]:
     due = [
         (task.name, reason)
         for task in settings.tasks
-        if (reason := due_reason(settings, shop.store, task.name, now=shop.clock())) is not None
+        if (reason := due_reason(settings, shop.store, task.name, shop.clock())) is not None
     ]
     return sorted(due, key=lambda pair: "escalated" not in pair[1])
 

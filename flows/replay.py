@@ -29,6 +29,7 @@ from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.trust import Figures
 from apprentice.config import LocalSettings, RemoteSettings, Settings, TrackingSettings, load_settings, require_key
+from apprentice.due import due_reason
 from apprentice.errors import ConfigError, Problem, UnknownTask
 from apprentice.local.engine import Engine
 from apprentice.phases import Phase
@@ -36,7 +37,7 @@ from apprentice.schema import Schema
 from apprentice.store import Store
 from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor
-from flows.coach import CoachResult, coach_task, due_reason
+from flows.coach import CoachResult, coach_task
 from flows.lease import LEASE_S, Busy
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
 from flows.traffic import Recorded, read_traffic
@@ -185,7 +186,7 @@ def _logged(path: Path) -> Iterator[Moment]:
 
 def _train_if_due(apprentice: Apprentice, task_name: str, view: LiveView) -> None:
     parts = apprentice.parts
-    reason = due_reason(parts.settings, parts.store, task_name)
+    reason = due_reason(parts.settings, parts.store, task_name, time.time())
     if reason is None:
         return
     result = _coached(parts, task_name, reason, view)

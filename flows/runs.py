@@ -6,10 +6,9 @@ from apprentice import secrets
 from apprentice.errors import TrainingError
 from apprentice.store.records import RunRecord, RunState
 from flows.bill import close_training
-from flows.due import LastRun
 from flows.workshop import Workshop
 
-__all__ = ["advance", "begin", "close_run", "interrupt", "last_run", "run_of"]
+__all__ = ["advance", "begin", "close_run", "interrupt", "run_of"]
 
 _log = secrets.logger("apprentice.coach")
 # How MLflow calls the end of a run. A refused version is no failure of the run that trained it.
@@ -76,19 +75,6 @@ def interrupt(shop: Workshop, run: RunRecord, why: str) -> None:
     except Exception:  # noqa: BLE001
         _log.warning("the run %s could not be marked as interrupted", run.id, exc_info=True)
     _show(shop, run, "interrupted")
-
-
-def last_run(runs: list[RunRecord], now: float = 0.0) -> LastRun | None:
-    """What the arithmetic of `training_due` needs of the newest finished run. ``now`` is in Unix seconds."""
-    finished = [run for run in runs if run.state != "running"]
-    if not finished:
-        return None
-    last, failures = finished[-1], 0
-    for run in reversed(finished):
-        if run.state != "failed":
-            break
-        failures += 1
-    return LastRun(last.corpus_size, failures, max(0.0, now - (last.finished_at or now)))
 
 
 def _show(shop: Workshop, run: RunRecord, state: str) -> None:

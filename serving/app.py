@@ -95,14 +95,14 @@ def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:
             status = 422
         case BudgetExceeded():
             status = 429
-            if error.retry_after_s is not None:
-                headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         case Unavailable() | ClientClosed():
             status = 503
         case RemoteError() | OutputError():
             status = 502
         case _:
             status = 500
+    if isinstance(error, Unavailable) and error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     return status, type(error).__name__, _words(error), headers
 
 

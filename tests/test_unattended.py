@@ -69,3 +69,26 @@ def test_an_alert_is_raised_if_it_lasts(bench: Callable[..., Workbench]) -> None
     assert kinds(room).count("no_coach") == 1
     (event,) = [e for e in room.store.events("mood") if e.kind == "no_coach"]
     assert event.evidence == {"due": "10 examples, 10 needed for the first run"}
+
+
+def test_later_growth_is_due_too(bench: Callable[..., Workbench]) -> None:
+    """Not only the first run: a corpus that has grown, an unfinished run, and one that broke down wait for a coach."""
+    clock = Clock()
+    room = bench(clock=clock, local={"fine_tune_batch_size": 4})
+    store = room.store
+    for i in range(10):
+        room.run(f"a fear {i}")
+
+    def why() -> str | None:
+        return room.client.status()["mood"].waits_for_coach
+
+    run = store.start_run("mood", 10, "10 examples", corpus_size=10)
+    assert why() == "resumes: 10 examples"
+    store.update_run(run.id, state="completed")
+    assert why() is None
+    for i in range(10):
+        room.run(f"another joy {i}")
+    assert why() == "10 new examples since 10"
+    run = store.start_run("mood", 20, "10 new examples", corpus_size=20)
+    store.update_run(run.id, state="failed", finished_at=1.0)
+    assert why() == "tries again: it failed once"

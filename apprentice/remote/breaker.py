@@ -41,9 +41,13 @@ class Breaker:
                 return 0.0
             return max(wait, 0.0) if self._rest_s else 0.0
 
+    def rest_s(self, now: float) -> float:
+        """As `wait_s`; asking takes nothing."""
+        return max(self._closed_again_at - now, 0.0) if self._rest_s else 0.0
+
     def allows(self, now: float) -> bool:
         """Whether `wait_s` would be 0; asking takes nothing."""
-        return not self._rest_s or self._closed_again_at <= now
+        return self.rest_s(now) <= 0
 
     def succeeded(self) -> None:
         if self._failures:

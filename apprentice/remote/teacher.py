@@ -263,8 +263,12 @@ class Teacher:
                 refused = answer
                 break
         assert refused is not None
-        kind = RemoteUnavailable if refused.again else RemoteRefused
-        raise kind(source.label, refused.message, status=refused.status)
+        if not refused.again:
+            raise RemoteRefused(source.label, refused.message, status=refused.status)
+        now = self._monotonic()
+        asked_s, _ = source.limits.paused(now) or (0.0, "")
+        rest_s = max(refused.after_s or 0.0, asked_s, source.breaker.rest_s(now))
+        raise RemoteUnavailable(source.label, refused.message, status=refused.status, retry_after_s=rest_s or None)
 
     def _complete(
         self, asking: _Asking, source: _Source, prompt: Prompt, turns: Sequence[Turn], ends: float
@@ -342,7 +346,7 @@ class Teacher:
         try:
             while (wait_s := limits.take(tokens, now := self._monotonic())) > 0:
                 if now + wait_s + _SHORTEST_ATTEMPT_S > ends:
-                    failure = self._why_not(limits, now)
+                    failure = self._why_not(limits, now, wait_s)
                     limits.leave()
                     return failure
                 self._sleep(wait_s)
@@ -351,11 +355,11 @@ class Teacher:
             raise
         return None
 
-    def _why_not(self, limits: Limits, now: float) -> Failure:
+    def _why_not(self, limits: Limits, now: float, wait_s: float) -> Failure:
         asked = limits.paused(now)
         if asked is None:
             what = "requests_per_minute or tokens_per_minute in apprentice.yaml"
-            return Failure(f"{what} allow no call before the deadline")
+            return Failure(f"{what} allow no call before the deadline", after_s=wait_s)
         rest_s, why = asked
         until = datetime.fromtimestamp(self._clock() + rest_s, UTC).isoformat(timespec="seconds")
         return Failure(f"it asked for no call before {until} ({why})", 429, throttled=True)
@@ -407,7 +411,9 @@ def _no_answer(task: str, providers: Sequence[str], causes: Sequence[ApprenticeE
     named = ", ".join(providers)
     said = f"none brought an answer: {'; '.join(str(cause) for cause in causes)}"
     if any(isinstance(cause, RemoteUnavailable | BudgetExceeded) for cause in causes):
-        return RemoteUnavailable(named, said)
+        known = [cause.retry_after_s for cause in causes if isinstance(cause, RemoteUnavailable | BudgetExceeded)]
+        soonest_s = min((after_s for after_s in known if after_s is not None), default=None)
+        return RemoteUnavailable(named, said, retry_after_s=soonest_s)
     if any(isinstance(cause, OutputError) for cause in causes):
         return OutputError(task, named, [Problem(name, str(e)) for name, e in zip(providers, causes, strict=True)])
     return RemoteRefused(named, said)

@@ -22,10 +22,11 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from apprentice.due import due_reason
 from apprentice.errors import LeaseLost, StoreError, TrainingError
 from apprentice.store import Store
 from apprentice.store.records import Lease
-from flows.coach import abandon, coach_task, due_reason, prefect_at
+from flows.coach import abandon, coach_task, prefect_at
 from flows.commands import rollback
 from flows.curate import curate_run
 from flows.finetune import finetune_run
@@ -54,7 +55,7 @@ def _coach(home: Any, **options: Any) -> Any:
 
 def test_a_due_run_ends_with_a_champion(home: Any, trainer: Any) -> None:
     """Store, registry and engine agree on the champion, and everything about it can be read in one file."""
-    assert due_reason(home.settings, home.store, "mood") == "60 examples, 60 needed for the first run"
+    assert due_reason(home.settings, home.store, "mood", time.time()) == "60 examples, 60 needed for the first run"
     heard: list[str] = []
     result = _coach(home, progress=lambda step, _done: heard.append(step))
     assert result.promoted
@@ -62,7 +63,7 @@ def test_a_due_run_ends_with_a_champion(home: Any, trainer: Any) -> None:
     assert (state.champion, state.phase >= 2) == (result.version, True)
     assert result.trained_on + result.held_out == 60
     assert list(dict.fromkeys(heard)) == ["curate", "finetune", "validate", "promote"]
-    assert due_reason(home.settings, home.store, "mood") is None
+    assert due_reason(home.settings, home.store, "mood", time.time()) is None
     shop = Workshop.open(home.settings)
     assert shop.tracking.aliased("mood", CHAMPION) == result.version
     assert shop.tracking.aliased("mood", CANDIDATE) is None
@@ -153,7 +154,7 @@ def test_a_run_that_fails_three_times_stops_and_alerts(home: Any, trainer: Any) 
     assert (run.state, run.step) == ("failed", "finetune")
     (event,) = [e for e in home.store.events("mood") if e.kind == "training_failed"]
     assert event.level == "critical"
-    assert due_reason(home.settings, home.store, "mood") is None
+    assert due_reason(home.settings, home.store, "mood", time.time()) is None
 
 
 def test_an_error_that_cannot_heal_is_tried_once(home: Any, trainer: Any) -> None:
@@ -241,7 +242,7 @@ def test_an_outage_keeps_the_run(home: Any, trainer: Any) -> None:
             _coach(home)
         (run,) = home.store.runs("mood")
         home.store.update_run(run.id, attempts=1)
-        assert due_reason(home.settings, home.store, "mood").startswith("resumes")
+        assert due_reason(home.settings, home.store, "mood", time.time()).startswith("resumes")
     assert _coach(home).promoted
 
 
@@ -517,7 +518,7 @@ def test_a_run_whose_lease_is_lost_stops(home: Any, trainer: Any) -> None:
     assert (tracked.info.status, tracked.data.tags["apprentice.state"]) == ("KILLED", "cancelled")
     assert shop.tracking._client.search_model_versions("name = 'apprentice.mood'") == []
     shop.close()
-    assert due_reason(home.settings, home.store, "mood") is None
+    assert due_reason(home.settings, home.store, "mood", time.time()) is None
     assert _coach(home).promoted
 
 
@@ -547,8 +548,8 @@ def test_a_run_that_failed_is_due_again_after_a_while(home: Any, trainer: Any) -
     trainer.failures = [TrainingError("the disk is full: make room")]
     _coach(home)
     (run,) = home.store.runs("mood")
-    assert due_reason(home.settings, home.store, "mood", now=run.finished_at + 899) is None
-    assert due_reason(home.settings, home.store, "mood", now=run.finished_at + 900) == "tries again: it failed once"
+    assert due_reason(home.settings, home.store, "mood", run.finished_at + 899) is None
+    assert due_reason(home.settings, home.store, "mood", run.finished_at + 900) == "tries again: it failed once"
     assert _coach(home).promoted
 
 

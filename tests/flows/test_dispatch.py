@@ -67,7 +67,7 @@ def test_escalations_go_first(make_home: Any, monkeypatch: pytest.MonkeyPatch) -
     """Whatever the order in the configuration, an escalated task is trained before the others."""
     home = make_home()
     reasons = {"mood": "100 new examples since 50"}
-    monkeypatch.setattr("flows.dispatch.due_reason", lambda _settings, _store, task, **_: reasons[task])
+    monkeypatch.setattr("flows.dispatch.due_reason", lambda _settings, _store, task, *_: reasons[task])
     two = home.settings.model_copy(
         update={"tasks": (*home.settings.tasks, home.settings.tasks[0].model_copy(update={"name": "late"}))}
     )

@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
+from apprentice.due import due_reason
 from apprentice.errors import TrainingError
-from flows.coach import coach_task, due_reason
+from flows.coach import coach_task
 from flows.lease import Busy, held_lease
 from flows.tracking import CHAMPION
 from flows.workshop import Workshop
@@ -334,7 +335,7 @@ def test_cancelling_in_prefect_closes_the_run(
     (shown,) = [run for run in _flow_runs("coach-mood") if run.id not in before]
     assert shown.state.is_cancelled()
     assert _tracked(home).info.status == "KILLED"
-    assert due_reason(home.settings, home.store, "mood") is None
+    assert due_reason(home.settings, home.store, "mood", time.time()) is None
 
 
 @pytest.mark.parametrize("by_a_person", [True, False])

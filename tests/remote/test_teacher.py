@@ -364,6 +364,7 @@ def test_a_vendors_pause_is_bounded_and_named(school: Any, after: str) -> None:
     ) as caught:
         room.ask()
     assert (caught.value.status, server.asked) == (429, 1)
+    assert caught.value.retry_after_s == pytest.approx(600, abs=5)
     room.time.now += 601
     room.ask()
     assert room.ledger() == {"settled": 1}

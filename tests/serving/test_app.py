@@ -160,6 +160,16 @@ def test_a_failing_remote_is_a_gateway_error(
     assert "sk-test" not in json.dumps(response.json())
 
 
+@pytest.mark.parametrize(("headers", "said"), [((("retry-after", "90"),), "90"), ((), None)])
+def test_a_vendors_pause_is_passed_on(
+    serve: Callable[..., TestClient], headers: tuple[tuple[str, str], ...], said: str | None
+) -> None:
+    """503 tells how long the vendor wants to be left alone, and promises nothing if it did not say."""
+    throttled = Fault("verbatim", status=429, content='{"error": {"message": "slow down"}}', headers=headers)
+    response = serve(*[throttled] * 9).post("/v1/tasks/mood", json={"text": "x"})
+    assert (response.status_code, response.headers.get("retry-after")) == (503, said)
+
+
 def test_an_unforeseen_failure_has_the_same_shape(
     serve: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,15 @@
-"""When a task is to be trained. Pure arithmetic; `flows.dispatch` carries it out."""
+"""When a task is to be trained: the arithmetic, and what it needs of the store. `flows.dispatch` carries it out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LastRun", "training_due"]
+from apprentice.config import Settings
+from apprentice.store import Store
+from apprentice.store.records import RunRecord
+
+__all__ = ["LastRun", "due_reason", "last_run", "training_due"]
 
 _AGAIN_S, _AGAIN_AT_MOST_S = 900.0, 86_400.0
 
@@ -51,3 +56,33 @@ def training_due(
     if new >= batch and new >= needed * last.corpus_size:
         return f"{new} new examples since {last.corpus_size}"
     return None
+
+
+def last_run(runs: Sequence[RunRecord], now: float) -> LastRun | None:
+    """What `training_due` needs of the newest finished one of a task's runs. ``now`` is in Unix seconds."""
+    finished = [run for run in runs if run.state != "running"]
+    if not finished:
+        return None
+    last, failures = finished[-1], 0
+    for run in reversed(finished):
+        if run.state != "failed":
+            break
+        failures += 1
+    return LastRun(last.corpus_size, failures, max(0.0, now - (last.finished_at or now)))
+
+
+def due_reason(settings: Settings, store: Store, task: str, now: float) -> str | None:
+    """Why a task is to be trained at ``now`` (Unix seconds), or a run of it taken up again; None if it is not."""
+    unfinished = store.open_run(task)
+    if unfinished is not None:
+        return f"resumes: {unfinished.reason}"
+    state = store.policy_row(task)
+    return training_due(
+        store.example_totals(task).kept,
+        last_run(store.runs(task), now),
+        first_at=settings.task(task).confidence_thresholds.phase1_to_phase2,
+        batch=settings.local.fine_tune_batch_size,
+        growth=settings.local.fine_tune_growth,
+        escalated=state.training_due,
+        has_champion=state.champion is not None,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flows.due import LastRun, training_due
+from apprentice.due import LastRun, training_due
 
 RULES = {"first_at": 50, "batch": 100, "growth": 0.5}
 
