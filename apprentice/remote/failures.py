@@ -243,12 +243,15 @@ def _message(error: Mapping[str, Any], response: Response) -> str:
 
 def _redirection(response: Response) -> str:
     """Where a response sends its reader, without what may be secret in it; "" where it sends nobody anywhere."""
+    location = response.headers.get("location")
+    if not location or not 300 <= response.status < 400:
+        return ""
     try:
-        target = httpx.URL(response.headers.get("location", "")) if 300 <= response.status < 400 else httpx.URL()
+        target = httpx.URL(location)
     except httpx.InvalidURL:
         return ""
     where = f"{target.host or 'the same host'}{target.path}"
-    return f"it redirects to {where}, which is not followed; correct base_url" if target.path else ""
+    return f"it redirects to {where}, which is not followed; correct base_url"
 
 
 def _is_about_format(error: Mapping[str, Any], response: Response) -> bool:

@@ -480,6 +480,9 @@ def test_what_was_sent_may_be_billed(error: Exception, billed: bool) -> None:
         ),
         (httpx.Response(307, headers={"location": "/v1/x"}), "it redirects to the same host/v1/x"),
         (httpx.Response(302, headers={"location": "http://h:port/"}, content=b"Moved"), "Moved"),
+        (httpx.Response(302), "Found"),
+        (httpx.Response(404, headers={"location": "/x"}), "Not Found"),
+        (httpx.Response(499), "an error without a text"),
     ],
 )
 def test_a_page_in_the_place_of_an_api_points_to_the_address(response: httpx.Response, says: str) -> None:
