@@ -69,7 +69,7 @@ def _explain_missing(command: str, error: ModuleNotFoundError) -> NoReturn:
             f"`apprentice {command}` runs from a checkout of Apprentice: no {room}/ was found here."
         )
     extra = "server" if command == "serve" else "embedded,flows"
-    raise click.ClickException(f"`apprentice {command}` needs {error.name}: pip install 'apprentice[{extra}]'")
+    raise click.ClickException(f"`apprentice {command}` needs {error.name}: pip install 'apprentice-llm[{extra}]'")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

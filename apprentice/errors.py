@@ -116,7 +116,7 @@ class MissingExtra(ApprenticeError):
 
     def __init__(self, what: str, extra: str) -> None:
         self.extra = extra
-        super().__init__(f"{what} needs an extra: pip install 'apprentice[{extra}]'")
+        super().__init__(f"{what} needs an extra: pip install 'apprentice-llm[{extra}]'")
 
 
 class Unavailable(ApprenticeError):
