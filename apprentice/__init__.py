@@ -1,5 +1,7 @@
 """Apprentice: one call, `run(task, input)`, that needs the remote model less and less."""
 
+from typing import Any
+
 from apprentice.client import Apprentice, AsyncApprentice
 from apprentice.config import Settings, load_settings
 from apprentice.errors import (
@@ -54,3 +56,11 @@ __all__ = [
     "VersionError",
     "load_settings",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looked up when it is asked for: reading it from the installation takes its time
+        from importlib.metadata import version
+
+        return version("apprentice-llm")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

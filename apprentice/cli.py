@@ -73,6 +73,7 @@ def _explain_missing(command: str, error: ModuleNotFoundError) -> NoReturn:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="apprentice-llm", prog_name="apprentice")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def cli(verbose: bool) -> None:
     """Teach a small local model from the frontier model you pay for, and let it take over what it has earned."""
