@@ -54,6 +54,7 @@ from apprentice.store import (
     Usage,
     WindowState,
 )
+from apprentice.store.records import CapChanges
 
 __all__ = ["NEVER", "Account", "Budget", "CapState", "PaidCall", "resets_at", "windows_at"]
 
@@ -184,7 +185,15 @@ class Budget:
             self._put_in_force(clock())
 
     def _put_in_force(self, at: float) -> None:
-        self._store.set_caps(self._own_caps(), at)
+        def event(changes: CapChanges) -> EventRecord:
+            evidence: dict[str, Any] = {"started": self.owner}
+            for key, (before, now) in sorted(changes.items()):
+                scope, period = key.split("|")
+                name = f"{scope}.{period}" if scope else period
+                evidence[name] = {"before": _usd(before), "now": _usd(now)}
+            return _event(uuid.uuid4().hex, EventKind.CAPS_CHANGED, None, evidence, at)
+
+        self._store.set_caps(self._own_caps(), at, event)
         for call in self._store.release_unsent(self._is_over):
             logger.info("gave back %s USD that %s held for a call it never made", call.worst_case, call.owner)
 
@@ -711,6 +720,10 @@ class PaidCall:
     def settlement(self) -> Settlement:
         """How it ends, as far as is known by now."""
         return self._settlement
+
+
+def _usd(cap: Decimal | None) -> str | None:
+    return None if cap is None else f"{cap.normalize():f}"
 
 
 def _event(

@@ -296,9 +296,10 @@ def _play(
     limit: int | None,
     seed: int,
     title: str,
+    json_out: Path | None,
     live_client: httpx.Client | None = None,
 ) -> dict[str, Any]:
-    """Read, replay, summarise and show."""
+    """Read, replay, summarise and show. The figures are written first: a picture that fails must not lose them."""
     console = Console()
     if task_name not in {task.name for task in settings.tasks}:
         known = ", ".join(task.name for task in settings.tasks)
@@ -324,6 +325,8 @@ def _play(
     wall_s = time.monotonic() - started
     with Store.open(settings.store_url) as store:
         summary = {**summarise(moments, store, task_name, wall_s), "skipped_lines": len(skipped)}
+    if json_out is not None:
+        json_out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_summary(console, summary, moments)
     picture = settings.root / "replay.png"
     draw_picture(picture, moments, summary, title)
@@ -384,9 +387,8 @@ def replay(
         limit=limit,
         seed=seed,
         title=f"{file.name}: {task_name}",
+        json_out=json_out,
     )
-    if json_out:
-        json_out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if summary["skipped_lines"]:
         sys.exit(1)
 
@@ -405,7 +407,7 @@ def demo(live: bool, home: Path) -> None:
         settings = settings.model_copy(update={"budget": cap})
         require_key(settings.remote)
         client = httpx.Client()
-    summary = _play(
+    _play(
         _ROOT / "examples" / "support_tickets" / "tickets.jsonl",
         settings,
         "classify_ticket",
@@ -414,9 +416,9 @@ def demo(live: bool, home: Path) -> None:
         limit=None,
         seed=0,
         title="660 support tickets",
+        json_out=home / "summary.json",
         live_client=client,
     )
-    (home / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     Console().print(_NEXT.format(home=home), soft_wrap=True, highlight=False)
 
 

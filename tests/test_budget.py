@@ -457,6 +457,36 @@ def test_a_lower_cap_binds_processes_that_started_earlier(store: Store) -> None:
     assert {w.period for w in old.windows("a")} == {"weekly", "total"}
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([None, "1", "2.50"]), st.sampled_from([None, "7"]), st.integers(-5, 60)), max_size=6
+    )
+)
+def test_a_change_of_the_caps_in_force_is_told(starts: list[tuple[str | None, str | None, int]]) -> None:
+    """Who started with which caps; nothing is told of a start that changes none, nor of one whose clock is behind."""
+    clock = Clock(2026, 3, 1)
+    with Store.open("sqlite://") as store:
+        for daily, weekly, later_s in starts:
+            clock.now += later_s
+            before, told = store.caps(), len(store.events())
+            own = {"a": Caps(weekly=weekly and dollars(weekly))}
+            Budget(store, BudgetSettings(daily=daily and dollars(daily)), own, clock=clock, owner="host/1")
+            after = store.caps()
+            changed = {
+                key.replace("|", ".").lstrip("."): (was, after[key]) for key, was in before.items() if after[key] != was
+            }
+            new = store.events()[told:]
+            assert [(event.kind, event.task) for event in new] == [("caps_changed", None)] * bool(changed)
+            for event in new:
+                evidence = dict(event.evidence)
+                assert evidence.pop("started") == "host/1"
+                amounts = {
+                    name: tuple(cap and dollars(cap) for cap in (one["before"], one["now"]))
+                    for name, one in evidence.items()
+                }
+                assert amounts == changed
+
+
 def test_a_bill_above_its_reservation_is_counted_told_and_learnt(store: Store) -> None:
     """1,000 times what was held: all of it is spent, a critical event says so, and nothing more is asked."""
     told: list[tuple[str, str]] = []

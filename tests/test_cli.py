@@ -137,6 +137,7 @@ def test_replay_counts_bad_lines_and_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "line 2" in done.stdout
     assert "1 of 3 lines are left out" in done.stdout
+    assert "Error" not in done.stderr, done.stderr  # a failure would exit with 1 as well
     summary = json.loads(out.read_text())
     assert (summary["requests"], summary["remote_calls"], summary["skipped_lines"]) == (2, 2, 1)
     assert summary["agreement"] == 1.0

@@ -204,6 +204,12 @@ class EventKind(StrEnum):
         "A vendor billed more for a call than it could have cost by the price list and the limits it was given.",
         "It is counted in full, and more is held for this model's next calls. Compare the vendor's own bill and price.",
     )
+    CAPS_CHANGED = (
+        "caps_changed",
+        "warning",
+        "A process started with other caps than those in force; now its caps bind every process on the store.",
+        "Nothing, if that is meant. Else give every process the same apprentice.yaml: the last to start decides.",
+    )
     RESERVATION_RELEASED = (
         "reservation_released",
         "warning",

@@ -20,7 +20,7 @@ from sqlalchemy import Update, bindparam, case, delete, func, insert, literal_co
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from apprentice.store.database import Transaction
-from apprentice.store.records import NANO, CapWindow, Reservation, Settlement, WindowState
+from apprentice.store.records import NANO, CapChanges, CapWindow, Reservation, Settlement, WindowState
 from apprentice.store.tables import calls, cap_windows, caps
 
 __all__ = [
@@ -188,11 +188,17 @@ def _lock(tx: Transaction, keys: Sequence[str]) -> None:
         tx.run(_locked(len(keys)), _named(keys))
 
 
-def set_caps(tx: Transaction, by_key: Mapping[str, Decimal | None], at: float) -> None:
-    """Put caps in force (``scope|period`` -> USD, None for none), unless a newer configuration has spoken."""
+def set_caps(tx: Transaction, by_key: Mapping[str, Decimal | None], at: float) -> CapChanges:
+    """Put caps in force (``scope|period`` -> USD, None for none), unless a newer configuration has spoken.
+
+    Returns the caps that were in force and have changed: what they were, and what they are.
+    """
+    before = caps_in_force(tx)
     for key in sorted(by_key):
         cap = by_key[key]
         tx.run(_set_cap, {"key": key, "cap": None if cap is None else to_nano(cap), "configured_at": at})
+    after = caps_in_force(tx)
+    return {key: (cap, after[key]) for key, cap in before.items() if after[key] != cap}
 
 
 def caps_in_force(tx: Transaction) -> dict[str, Decimal | None]:

@@ -17,6 +17,7 @@ from apprentice.events.kinds import Level
 from apprentice.phases import Phase
 
 __all__ = [
+    "CapChanges",
     "CapWindow",
     "ComparisonRecord",
     "Completed",
@@ -41,6 +42,8 @@ NANO = Decimal(1_000_000_000)
 
 type RunState = Literal["running", "completed", "failed", "rejected", "waits_for_review", "cancelled"]
 type VersionStatus = Literal["candidate", "champion", "rejected", "retired", "rolled_back"]
+type CapChanges = Mapping[str, tuple[Decimal | None, Decimal | None]]
+"""What caps were and what they are, by ``scope|period``, in USD; None for no cap."""
 type PromotedBy = Literal["gate", "person", "rollback"]
 
 

@@ -21,6 +21,7 @@ from apprentice.store import comparisons, counts, events, examples, holds, ledge
 from apprentice.store.database import Database, StoreReplaced, Transaction, open_database
 from apprentice.store.migrations import contract, migrate
 from apprentice.store.records import (
+    CapChanges,
     CapWindow,
     ComparisonRecord,
     Completed,
@@ -482,10 +483,20 @@ class Store:
         with self._write() as tx:
             ledger.open_windows(tx, windows)
 
-    def set_caps(self, by_key: Mapping[str, Decimal | None], configured_at: float) -> None:
-        """Put caps in force, by ``scope|period`` in USD (None: no cap), unless a newer configuration has spoken."""
+    def set_caps(
+        self,
+        by_key: Mapping[str, Decimal | None],
+        configured_at: float,
+        event: Callable[[CapChanges], EventRecord],
+    ) -> None:
+        """Put caps in force, by ``scope|period`` in USD (None: no cap), unless a newer configuration has spoken.
+
+        Where that changes caps that were in force, ``event`` makes what is told of it.
+        """
         with self._write() as tx:
-            ledger.set_caps(tx, by_key, configured_at)
+            changes = ledger.set_caps(tx, by_key, configured_at)
+            if changes:
+                events.add(tx, [event(changes)])
 
     def caps(self) -> dict[str, Decimal | None]:
         """The caps in force, by ``scope|period``."""
