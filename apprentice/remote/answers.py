@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from apprentice.errors import Problem
-from apprentice.remote.dialects import without_null_options
+from apprentice.json_schema import canonical
 from apprentice.remote.failures import Failure, error_inside, of_error, of_response, reports_usage
 from apprentice.remote.provider import Completion, Provider, VendorError
 from apprentice.schema import Schema, SchemaError
@@ -94,7 +94,7 @@ def _parse(schema: Schema, text: str) -> dict[str, Any]:
             value = json.loads(text)
         except ValueError:
             value = None
-        kept = without_null_options(schema.json_schema, value)
+        kept = canonical(schema.json_schema)(value)
         if kept == value:
             raise
         return schema.check(kept)

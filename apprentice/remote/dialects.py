@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-__all__ = ["closed", "gemini", "strict", "without_null_options"]
+__all__ = ["closed", "gemini", "strict"]
 
 _SCALARS = ("string", "integer", "number", "boolean", "null")
 
@@ -154,46 +154,3 @@ def _gemini(schema: Any) -> dict[str, Any] | None:
         case "string" | "integer" | "number" | "boolean" as kind:
             return {"type": kind.upper(), **described}
     return None
-
-
-def without_null_options(schema: Mapping[str, Any], value: Any) -> Any:
-    """Leave out the nulls of optional fields whose schema takes none.
-
-    OpenAI must write every field, and writes null for one that is left out. Where the author's schema takes null too,
-    the null may mean something, and it stays.
-    """
-    if isinstance(value, dict) and isinstance(schema.get("properties"), Mapping):
-        properties = schema["properties"]
-        required = schema.get("required", ())
-        kept = {}
-        for name, inner in value.items():
-            node = properties.get(name)
-            if not isinstance(node, Mapping):
-                kept[name] = inner
-            elif inner is not None or name in required or _takes_null(node):
-                kept[name] = without_null_options(node, inner)
-        return kept
-    if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
-        return [without_null_options(schema["items"], item) for item in value]
-    if isinstance(value, dict | list) and (union := _union(schema)):
-        kind = "object" if isinstance(value, dict) else "array"
-        branches = [branch for branch in union if _is_of(branch, kind)]
-        return without_null_options(branches[0], value) if len(branches) == 1 else value
-    return value
-
-
-def _takes_null(node: Mapping[str, Any]) -> bool:
-    if "const" in node:
-        return node["const"] is None
-    if "enum" in node:
-        return None in node["enum"]
-    for union in ("anyOf", "oneOf"):
-        if union in node:
-            return any(not isinstance(branch, Mapping) or _takes_null(branch) for branch in node[union])
-    return "type" not in node or _is_of(node, "null")
-
-
-def _is_of(node: Any, kind: str) -> bool:
-    """Whether a node takes values of this type, as far as its ``type`` says."""
-    stated = node.get("type") if isinstance(node, Mapping) else None
-    return kind in stated if isinstance(stated, list) else kind == stated

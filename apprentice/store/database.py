@@ -22,7 +22,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -110,11 +110,6 @@ class Transaction:
         if fixed:
             values = {**fixed, **(values or {})}
         return cast(Cursor, self._connection.execute(sql, values or {}))
-
-    def run_many(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Execute ``statement`` once for each row."""
-        for row in rows:
-            self.run(statement, row)
 
     def run_text(self, sql: str) -> Cursor:
         """Execute SQL that one dialect needs and Core does not spell."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -12,12 +14,16 @@ import hypothesis.strategies as st
 import jsonschema_rs
 import pytest
 from hypothesis import given
+from pydantic import BaseModel
 
 from apprentice.config import ProviderSettings
+from apprentice.json_schema import canonical
+from apprentice.remote.answers import fit
 from apprentice.remote.breaker import Breaker
-from apprentice.remote.dialects import closed, gemini, strict, without_null_options
+from apprentice.remote.dialects import closed, gemini, strict
 from apprentice.remote.limits import Bucket, Limits
 from apprentice.remote.pricing import PriceList, check_price
+from apprentice.remote.provider import Completion
 from apprentice.schema import parse_schema
 from apprentice.store import Usage
 from apprentice.testing.vendors import GoogleProtocol, _walk_closed
@@ -69,7 +75,7 @@ def test_nulls_stay_where_the_author_takes_them() -> None:
     }
     value = {**dict.fromkeys(schema["properties"]), "items": [{"d": None}, {"d": "x"}]}  # type: ignore[call-overload]
     kept = dict.fromkeys(["required", "union", "listed", "chosen", "anything"])
-    assert without_null_options(schema, value) == {**kept, "items": [{}, {"d": "x"}]}
+    assert canonical(schema)(value) == {**kept, "items": [{}, {"d": "x"}]}
 
 
 @pytest.mark.parametrize("kinds", [["integer", "null"], ["null", "string"], ["string", "number", "null"]])
@@ -346,3 +352,27 @@ def test_a_price_a_thousand_times_off_is_caught(model: str, price: dict[str, str
     assert problems
     assert "per million" in str(problems[0])
     assert check_price(settings(model, price={"input": "2.5", "output": "12"}), "remote", NOW) == []
+
+
+class Inner(BaseModel):
+    note: str = "none"
+    at: datetime
+
+
+class Booking(BaseModel):
+    """Fields with defaults that take no null, and formats that only pydantic knows."""
+
+    price: Decimal
+    inner: Inner
+    wait: timedelta = timedelta(0)
+    more: list[Inner] = []
+    maybe: int | None = None
+
+
+def test_nulls_for_a_models_defaults_are_left_out() -> None:
+    """OpenAI writes them for fields that are left out; the model itself would refuse them."""
+    at = "2026-03-01T10:00:00Z"
+    inner = {"note": None, "at": at}
+    text = json.dumps({"price": "1.50", "inner": inner, "wait": None, "more": [inner], "maybe": None})
+    found = fit(Completion(text, None), parse_schema(Booking), 100, "book")
+    assert found == {"price": "1.50", "inner": {"at": at}, "more": [{"at": at}], "maybe": None}
