@@ -26,6 +26,16 @@ from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
 from flows.validate import validate_run
 from flows.workshop import workshop
 
+WITH_PREFECT_AND_MLFLOW = [
+    pytest.mark.usefixtures("plainly"),
+    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
+]
+"""For tests of whole training runs, with Prefect's steps called as plain functions."""
+
 MOODS = ("glad", "sad", "angry")
 
 

@@ -18,15 +18,9 @@ from flows.dispatch import watch
 from flows.review import choose, follow, previous_champion
 from flows.tracking import CHAMPION
 from flows.workshop import Workshop
+from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW
 
-pytestmark = [
-    pytest.mark.usefixtures("plainly"),
-    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
-]
+pytestmark = WITH_PREFECT_AND_MLFLOW
 
 hanging = threading.Event()
 

@@ -38,15 +38,9 @@ from flows.tracking import CANDIDATE, CHAMPION
 from flows.trainers import Progress, TrainingNotStarted
 from flows.workshop import Workshop
 from tests.conftest import Webhook
+from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW
 
-pytestmark = [
-    pytest.mark.usefixtures("plainly"),
-    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
-]
+pytestmark = WITH_PREFECT_AND_MLFLOW
 
 
 def _coach(home: Any, **options: Any) -> Any:

@@ -25,15 +25,9 @@ from flows.tracking import CHAMPION
 from flows.trainers.axolotl import AxolotlTrainer
 from flows.up import Member, members, run_together
 from flows.workshop import Workshop
+from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW
 
-pytestmark = [
-    pytest.mark.usefixtures("plainly"),
-    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
-]
+pytestmark = WITH_PREFECT_AND_MLFLOW
 
 
 def test_a_watch_trains_what_is_due_and_follows_the_registry(home: Any, trainer: Any) -> None:

@@ -14,16 +14,10 @@ from mlflow import MlflowClient
 from apprentice.store import CapWindow, Settlement
 from flows.observe import observe_task
 from flows.workshop import Workshop
+from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW
 from tests.flows.test_coach import _coach
 
-pytestmark = [
-    pytest.mark.usefixtures("plainly"),
-    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
-]
+pytestmark = WITH_PREFECT_AND_MLFLOW
 
 
 def test_what_is_observed_is_in_the_tables_and_in_mlflow(make_home: Callable[..., Any], trainer: Any) -> None:

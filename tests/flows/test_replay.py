@@ -22,15 +22,9 @@ from apprentice.store import Store
 from flows.replay import _in_home, run_replay, summarise
 from flows.replay_view import LiveView, Moment, draw_picture, print_summary
 from flows.traffic import Recorded, read_traffic
+from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW
 
-pytestmark = [
-    pytest.mark.usefixtures("plainly"),
-    # Prefect and MLflow keep connections and event loops beyond a test; their clean-up is theirs.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(mlflow|prefect|websockets|pydantic|starlette).*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
-]
+pytestmark = WITH_PREFECT_AND_MLFLOW
 
 ROOT = Path(__file__).parents[2]
 MOODS = ("glad", "sad", "angry")
