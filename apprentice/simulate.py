@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from apprentice.confidence.drift import change_time
 from apprentice.confidence.trust import Comparison, Event, EventKind, LocalObservation, Trust, TrustSettings
 from apprentice.decision import Headroom, Plan, Policy, decide
 from apprentice.errors import ConfigError, MissingExtra, Problem
@@ -326,6 +327,7 @@ class _World:
 
 # -- the loop ------------------------------------------------------------------------------------------------------
 
+_CHANGES = {EventKind.SHIFT, EventKind.DRIFT, EventKind.EMERGENCY}
 _ALARMS = {EventKind.SHIFT, EventKind.DRIFT, EventKind.COACHING, EventKind.EMERGENCY}
 
 
@@ -347,7 +349,10 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
     examples = trained_on = seen_at_training = 0
     ready_at: int | None = None
     ready_size = ready_began = attempts = 0
-    held_out: list[tuple[float, float, float]] = []  # rank, probability, rate: the answers themselves are drawn anew
+    # Request, rank, probability, rate: the answers themselves are drawn anew.
+    held_out: list[tuple[int, float, float, float]] = []
+    checked: list[int] = []
+    changed = 0.0
     versions: list[Mapping[str, Any]] = []
     events: list[tuple[int, Event]] = []
     kept: list[Point] = []
@@ -364,8 +369,11 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
     changing = bool(scenario.happenings)
 
     def note(request: int, happened: Sequence[Event]) -> None:
+        nonlocal changed
         for event in happened:
             events.append((request, event))
+            if event.kind in _CHANGES:
+                changed = change_time(request, checked, event.evidence.get("began_checks_ago"))
             if event.kind is EventKind.PHASE:
                 phases.append((request, int(event.evidence["after"])))
             elif event.kind in _ALARMS:
@@ -392,13 +400,15 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
                 probability = policy.sampling_rate if serving else 1.0
                 rate = policy.sampling_rate if policy.threshold is not None else 1.0
                 checks += serving
+                if serving:
+                    checked.append(request)
                 happened = happened + trust.observe(
                     Comparison(str(request), float(local == remote), {}, g, local, remote, probability, rate, serving),
                     _same,
                     draw,
                 )
                 if uniform() < training.held_out:
-                    held_out.append((rank, probability, rate))
+                    held_out.append((request, rank, probability, rate))
             else:
                 local, remote = world.answers(rank)
                 local_served += 1
@@ -406,7 +416,7 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
             if happened:
                 note(request, happened)
         elif paid and uniform() < training.held_out:
-            held_out.append((rank, 1.0, 1.0))
+            held_out.append((request, rank, 1.0, 1.0))
         if paid:
             remote_calls += 1
             examples += 1
@@ -430,7 +440,9 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
             world.learn(trained_on, ready_began)
             world.factor = world.decay(request)
             seed_comparisons = []
-            for rank, probability, rate in held_out:
+            for bought, rank, probability, rate in held_out:
+                if bought < changed:
+                    continue
                 local, remote = world.answers(rank)
                 seed_comparisons.append(
                     Comparison(

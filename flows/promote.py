@@ -9,9 +9,18 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from apprentice.confidence.drift import change_time
 from apprentice.errors import ChosenMeanwhile
 from apprentice.events.kinds import EventKind
-from apprentice.store.records import ComparisonRecord, PromotedBy, PromotionRecord, RunRecord, RunState, VersionRecord
+from apprentice.store.records import (
+    ComparisonRecord,
+    EventRecord,
+    PromotedBy,
+    PromotionRecord,
+    RunRecord,
+    RunState,
+    VersionRecord,
+)
 from flows.dataset import Card, load_dataset, write_whole
 from flows.gate import Evidence, Pair, Verdict, decide
 from flows.promotion_record import promotion_record
@@ -22,6 +31,10 @@ from flows.validate import validate_run
 from flows.workshop import Workshop, workshop
 
 __all__ = ["make_champion", "promote", "promote_run", "register_champion", "seeds", "show_statuses"]
+
+# An emergency is dated by nothing but itself: what was bought until then counts as bought before it.
+_CHANGES = (EventKind.SHIFT, EventKind.DRIFT, EventKind.EMERGENCY)
+_REMEMBERED = 20_000
 
 
 @flow(name="promote", flow_run_name="promote-{task}", log_prints=False)
@@ -146,8 +159,12 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
     """The held-out comparisons, with which the new champion's trust begins.
 
     Once a task serves, most examples are requests that were deferred for being hard. Each seed remembers how readily
-    its answer was bought, so that together they describe the traffic.
+    its answer was bought, so that together they describe the traffic. After an alarm only what was bought after the
+    change it dates is a seed: an older example says nothing about the traffic that the new version will meet. The gate
+    may still compare two versions on it.
     """
+    since = changed_at(shop, run.task)
+    fresh = None if since is None else {e.id for e in shop.store.examples(run.task) if e.created_at >= since}
     bought = shop.store.overbought(run.task, {a.id for a in validated.answers})
     at = shop.clock()
     return [
@@ -170,7 +187,23 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
         for a in validated.answers
         for rate, probability in [bought.get(a.id, (1.0, 1.0))]
         if a.score is not None and a.local is not None and a.confidence is not None
+        if fresh is None or a.id in fresh
     ]
+
+
+def changed_at(shop: Workshop, task: str) -> float | None:
+    """When a task's traffic last changed, in seconds since the epoch, as far as an alarm says so; None if none did."""
+    alarms = [event for kind in _CHANGES if (event := shop.store.latest_event(task, kind)) is not None]
+    return max((_began_at(shop, task, alarm) for alarm in alarms), default=None)
+
+
+def _began_at(shop: Workshop, task: str, alarm: EventRecord) -> float:
+    began = alarm.evidence.get("began_checks_ago")
+    if began is None:
+        return change_time(alarm.at, (), None)
+    known = shop.store.comparisons(task, version=alarm.evidence.get("version"), limit=_REMEMBERED)
+    checks = [c.created_at for c in reversed(known) if c.served and not c.seeded and c.score is not None]
+    return change_time(alarm.at, checks, began)
 
 
 def make_champion(

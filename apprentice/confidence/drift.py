@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Change", "ChangeKind", "Detector", "Guard", "name_change"]
+__all__ = ["Change", "ChangeKind", "Detector", "Guard", "change_time", "name_change"]
 
 # As fractions of the largest admissible bet 1 / (1 - m0).
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
@@ -102,6 +102,19 @@ class Guard:
         guard.detector.sums = list(data["sums"])
         guard.recent = list(data["recent"])
         return guard
+
+
+def change_time(alarm: float, checks: Sequence[float], began: int | None) -> float:
+    """Since when evidence is of the time after a change.
+
+    ``alarm`` is when it was noticed, ``checks`` are the times of the spot checks until then, the newest last, and
+    ``began`` is how many of them came since the change (`Change.began`). Never later than ``alarm``; the oldest known
+    check where fewer are known, and ``alarm`` itself where nothing dates the change: a later time only costs evidence.
+    """
+    known = [at for at in checks if at <= alarm]
+    if not began or not known:
+        return alarm
+    return known[-min(began, len(known))]
 
 
 def name_change(scores: Sequence[float], level: float) -> Change:

@@ -4,10 +4,12 @@ import json
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from apprentice.confidence.drift import ChangeKind, Detector, Guard, name_change
+from apprentice.confidence.drift import ChangeKind, Detector, Guard, change_time, name_change
 from apprentice.confidence.watch import LocalObservation, Watch
-from benchmarks.trust import measure_delay, measure_false_alarms
+from benchmarks.trust import measure_delay, measure_false_alarms, measure_retrained, tail_bound
 
 
 def test_false_alarms_are_as_rare_as_promised():
@@ -117,3 +119,25 @@ def test_the_watch_is_quiet_on_usual_traffic():
         watch = Watch(50_000)
         alarms += any(watch.add(usual(draw)) for _ in range(3000))
     assert alarms <= 8
+
+
+@given(
+    times=st.lists(st.floats(0, 1e9), max_size=40).map(sorted),
+    alarm=st.floats(0, 1e9),
+    began=st.none() | st.integers(0, 60),
+)
+def test_a_change_is_dated_by_a_check_before_its_alarm(times: list[float], alarm: float, began: int | None) -> None:
+    """Never after the alarm; by the check that many before it, where it is known; by nothing later than that check."""
+    at = change_time(alarm, times, began)
+    assert at == alarm or at in times
+    assert at <= alarm
+    since = [t for t in times if at <= t <= alarm]
+    if began and len([t for t in times if t <= alarm]) >= began:
+        assert len(since) >= began
+    assert change_time(alarm, [*times, alarm + 1.0], began) == at
+
+
+def test_evidence_from_before_a_change_would_certify_what_has_changed_and_later_evidence_does_not() -> None:
+    """A version that gets 40 % of a new kind wrong serves at once on old examples, almost never on new ones."""
+    assert measure_retrained(12, older=1900, newer=100) >= 0.5
+    assert measure_retrained(40, older=0, newer=100) * 40 <= tail_bound(40, 0.05)

@@ -149,14 +149,14 @@ class Home:
         self.store.ensure_tasks(["mood"])
         self.engine = RoteEngine(truth)
 
-    def teach(self, count: int) -> None:
-        """Let the remote answer ``count`` more requests."""
+    def teach(self, count: int, at: float = 0.0) -> None:
+        """Let the remote answer ``count`` more requests, at the time ``at``."""
         start = self.store.count_examples("mood")
         for i in range(start, start + count):
             text = f"what was said in a letter of day {i}"
             self.truth[text] = MOODS[i * 7 % 3]
             output = {"mood": self.truth[text]}
-            example = ExampleRecord(f"r{i}", "mood", {"text": text}, output, "anthropic", "claude-sonnet-4-5", 0.0)
+            example = ExampleRecord(f"r{i}", "mood", {"text": text}, output, "anthropic", "claude-sonnet-4-5", at)
             self.store.add_example(example)
 
 

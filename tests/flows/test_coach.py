@@ -25,7 +25,7 @@ from prefect.settings import (
 from apprentice.due import due_reason
 from apprentice.errors import LeaseLost, StoreError, TrainingError
 from apprentice.store import Store
-from apprentice.store.records import Lease
+from apprentice.store.records import EventRecord, Lease
 from flows.coach import abandon, coach_task, prefect_at
 from flows.commands import rollback
 from flows.curate import curate_run
@@ -107,6 +107,33 @@ def test_deferred_requests_count_for_less_among_the_seeds(home: Any, trainer: An
     assert odds.pop(hard.request_id) == (0.1, 1.0)
     assert len(odds) >= len(held_out) - 1
     assert set(odds.values()) == {(1.0, 1.0)}
+
+
+@pytest.mark.parametrize(("kind", "began", "since"), [("shift", 3, 7.0), ("drift", 99, 1.0), ("emergency", None, 9.0)])
+def test_after_a_change_only_what_was_bought_since_is_a_seed(
+    home: Any, trainer: Any, kind: str, began: int | None, since: float
+) -> None:
+    """A new version is certified by examples from after the change that the alarm dates, and by no older one."""
+    first = _coach(home)
+    held_out = home.store.comparisons("mood", version=first.version)
+    # Nine spot checks at 1 s to 9 s; the alarm comes with the last of them. All examples so far were bought at 0 s.
+    checks = [
+        replace(held_out[0], id=f"c{i}", request_id=f"c{i}", seeded=False, served=True, created_at=float(i))
+        for i in range(1, 10)
+    ]
+    evidence = {"version": first.version} | ({} if began is None else {"began_checks_ago": began})
+    alarm = EventRecord("alarm", "mood", kind, "warning", evidence, 9.0)
+    home.store.update_state("mood", lambda state: state.change(comparisons=checks, events=[alarm]))
+    home.teach(200)  # at 0 s, before the change
+    taught = home.store.count_examples("mood")
+    home.teach(100, at=since - 0.5)
+    home.teach(100, at=since)
+    trainer.skills = [0.95]
+    second = _coach(home)
+    assert second.promoted
+    seeded = {c.request_id for c in home.store.comparisons("mood", version=second.version) if c.seeded}
+    assert 5 < len(seeded) < second.held_out / 2
+    assert {int(request[1:]) >= taught + 100 for request in seeded} == {True}
 
 
 def test_no_held_out_example_is_ever_trained_on(home: Any, trainer: Any) -> None:
