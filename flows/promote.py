@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 
 from prefect import flow
@@ -30,11 +32,12 @@ from flows.tracking import CANDIDATE, CHAMPION
 from flows.validate import validate_run
 from flows.workshop import Workshop, workshop
 
-__all__ = ["make_champion", "promote", "promote_run", "register_champion", "seeds", "show_statuses"]
+__all__ = ["attempts_of", "make_champion", "promote", "promote_run", "register_champion", "seeds", "show_statuses"]
 
 # An emergency is dated by nothing but itself: what was bought until then counts as bought before it.
 _CHANGES = (EventKind.SHIFT, EventKind.DRIFT, EventKind.EMERGENCY)
 _REMEMBERED = 20_000
+_NEVER_CHOSEN = ("rejected", "candidate")
 
 
 @flow(name="promote", flow_run_name="promote-{task}", log_prints=False)
@@ -221,7 +224,7 @@ def make_champion(
     Raises `ChosenMeanwhile` where a person has chosen after the promotion ``since``.
     """
     if shop.store.policy_row(version.task).champion != version.name:
-        attempts = _attempts(shop.store.versions(version.task), version)
+        attempts = attempts_of(shop.store.versions(version.task), version)
         shop.judge.promote(
             version.task, version.name, seed, attempts=attempts, reason=reason, how=how, by=by, since=since
         )
@@ -257,14 +260,16 @@ def show_statuses(shop: Workshop, task: str) -> None:
         shop.tracking.show_status(task, version.name, tags)
 
 
-def _attempts(versions: list[VersionRecord], version: VersionRecord) -> int:
-    """Candidates tried on the held-out examples since the last promotion, this one included."""
-    tried = 1
-    for earlier in reversed([v for v in versions if v.created_at < version.created_at and v.name != version.name]):
-        if earlier.status != "rejected":
-            break
-        tried += 1
-    return tried
+def attempts_of(versions: Sequence[VersionRecord], version: VersionRecord) -> int:
+    """Candidates tried on the held-out examples between two promotions, ``version`` included, whoever chooses.
+
+    Those that were refused and those that passed and wait count alike, and so do the ones trained after it: a person
+    who picks one of five has looked at five. What was champion once bounds them on both sides.
+    """
+    ordered = sorted((v for v in versions if v.name != version.name), key=lambda v: v.created_at)
+    before = [v for v in reversed(ordered) if v.created_at < version.created_at]
+    after = [v for v in ordered if v.created_at >= version.created_at]
+    return 1 + sum(sum(1 for _ in takewhile(lambda v: v.status in _NEVER_CHOSEN, side)) for side in (before, after))
 
 
 def _write_record(

@@ -6,12 +6,17 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluation
+from apprentice.store.records import VersionRecord
 from flows.gate import ERROR_RATE, Evidence, Pair, allowed_error, decide, paired_bound
+from flows.promote import attempts_of
 from flows.steps import Answered
 from flows.validate import figures_of
 
@@ -166,3 +171,22 @@ def test_an_evaluator_that_fails_on_chance_costs_one_comparison() -> None:
     judged = [Answered(str(i), {"l": i}, {"l": i if i else 9}, float(i > 0), {}, 0.5, None) for i in range(5)]
     # The first one, which disagreed, is the one that is lost.
     assert figures_of(judged, evaluate, "v", None, True, 1.0, 1.0, []).agreement == 1.0
+
+
+_STATUSES = st.lists(st.sampled_from(["candidate", "rejected", "champion", "retired", "rolled_back"]), max_size=12)
+
+
+@given(before=_STATUSES, after=_STATUSES, waiting=st.integers(0, 5), refused=st.integers(0, 5))
+def test_whoever_chooses_every_version_tried_beside_it_counts(
+    before: list[Any], after: list[Any], waiting: int, refused: int
+) -> None:
+    """What waits and what was refused count on both sides, up to what was champion once, and nothing beyond."""
+    statuses: list[Any] = [*before, "retired", *["candidate"] * waiting, "candidate", *["rejected"] * refused]
+    if after:
+        statuses += ["champion", *after]
+    versions = [
+        VersionRecord(f"v{i}", "mood", status, "", "", 1, 1, "", None, "", created_at=float(i))
+        for i, status in enumerate(statuses)
+    ]
+    group = versions[len(before) + 1 : len(before) + 2 + waiting + refused]
+    assert {attempts_of(versions, version) for version in group} == {waiting + 1 + refused}
