@@ -110,6 +110,11 @@ class InputError(ApprenticeError):
 class UnknownTask(InputError):
     """There is no such task in the configuration."""
 
+    def __init__(self, task: str, problems: list[Problem]) -> None:
+        super().__init__(task, problems)
+        # No input is at fault, so the message does not begin with one.
+        self.args = ("; ".join(f"{p.message} {p.remedy}".strip() for p in problems),)
+
 
 class MissingExtra(ApprenticeError):
     """Something optional was asked for and is not installed."""

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from apprentice.cli import config_option
 from apprentice.config import Settings, load_settings
-from apprentice.errors import Problem as _Problem
-from apprentice.errors import TrainingError, UnknownTask
+from apprentice.errors import Problem, TrainingError, UnknownTask
 from apprentice.store.records import PromotedBy
 
 __all__ = ["abandon", "coach", "observe", "promote", "rollback", "up"]
@@ -25,7 +24,9 @@ def _settings(config: Path, task: str | None = None) -> Settings:
     settings = load_settings(config)
     names = [t.name for t in settings.tasks]
     if task is not None and task not in names:
-        raise UnknownTask(task, [_Problem("task", f"is {task!r}.", f"Configured tasks: {', '.join(names)}.")])
+        raise UnknownTask(
+            task, [Problem("task", f"there is no task {task!r}.", f"Tasks in {config}: {', '.join(names)}.")]
+        )
     return settings
 
 

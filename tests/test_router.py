@@ -44,7 +44,7 @@ def test_bad_input_costs_nothing_and_names_the_field(bench: Bench) -> None:
     at = bench()
     with pytest.raises(InputError, match="text"):
         at.client.run("mood", {"text": 3})
-    with pytest.raises(UnknownTask, match="there is no task"):
+    with pytest.raises(UnknownTask, match=r"^there is no task"):
         at.client.run("moood", {"text": "x"})
     assert at.vendor.asked == 0
     assert at.store.count_examples("mood") == 0

@@ -88,7 +88,7 @@ def test_commands_say_what_is_wrong(home: Any) -> None:
     runner = CliRunner()
     config = ["--config", str(home.config)]
     unknown = runner.invoke(coach, ["moodd", "--now", *config])
-    assert "Configured tasks: mood" in str(unknown.exception)
+    assert str(unknown.exception) == f"there is no task 'moodd'. Tasks in {home.config}: mood."
     assert "name the task" in runner.invoke(coach, ["--now", *config]).output
 
 
