@@ -33,7 +33,7 @@ from flows.cancellation import Cancellation, RunCancelled
 from flows.curate import curate
 from flows.finetune import finetune
 from flows.lease import held_lease, training_lease, worker
-from flows.promote import promote
+from flows.promote import promote, show_statuses
 from flows.runs import begin, close_run, interrupt, run_of
 from flows.validate import validate
 from flows.workshop import Workshop, at_hand, workshop
@@ -144,6 +144,12 @@ def abandon(settings: Settings, task: str, *, reason: str) -> RunRecord | None:
             closed = close_run(opened, run, "cancelled", reason)
             evidence = {"run": run.id, "step": run.step, "reason": reason}
             opened.alerts.emit(EventKind.TRAINING_CANCELLED, task, evidence, about=run.id)
+            try:
+                show_statuses(
+                    opened, task
+                )  # the run may have died before it had told MLflow what became of its version
+            except Exception:  # noqa: BLE001  # whatever keeps MLflow away must not keep the run open
+                _log.warning("%s: MLflow could not be told where its versions stand", task, exc_info=True)
             return closed
         finally:
             opened.store.release_lease(lease)

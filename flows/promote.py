@@ -32,11 +32,23 @@ from flows.tracking import CANDIDATE, CHAMPION
 from flows.validate import validate_run
 from flows.workshop import Workshop, workshop
 
-__all__ = ["attempts_of", "make_champion", "promote", "promote_run", "register_champion", "seeds", "show_statuses"]
+__all__ = [
+    "BY_ALIAS",
+    "attempts_of",
+    "make_champion",
+    "moved_alias",
+    "promote",
+    "promote_run",
+    "register_champion",
+    "seeds",
+    "show_statuses",
+]
 
 # An emergency is dated by nothing but itself: what was bought until then counts as bought before it.
 _CHANGES = (EventKind.SHIFT, EventKind.DRIFT, EventKind.EMERGENCY)
 _REMEMBERED = 20_000
+BY_ALIAS = "the alias champion in MLflow"
+"""Who chose, if a person moved the alias."""
 _NEVER_CHOSEN = ("rejected", "candidate")
 
 
@@ -114,7 +126,7 @@ def _needs_a_person(shop: Workshop, version: VersionRecord, since: list[Promotio
         return f"{chosen[-1].by} made {chosen[-1].version} champion after this run had begun"
     if version.status == "rolled_back":
         return f"it was rolled back before ({version.reason})"
-    moved = shop.tracking.moved(version.task)
+    moved = moved_alias(shop, version.task)
     if moved is not None:
         return f"the alias champion was moved to {moved}"
     return None
@@ -124,6 +136,7 @@ def _wait(shop: Workshop, version: VersionRecord, verdict: Verdict, why: str) ->
     reason = "passed the gate; waits for review" + (f": {why}" if why else "")
     if version.status != "rolled_back":
         shop.store.set_version_status(version.task, version.name, "candidate", reason)
+        show_statuses(shop, version.task)
     told = shop.store.latest_event(version.task, "waits_for_review")
     if told is None or told.evidence.get("version") != version.name:
         evidence = {"version": version.name, "mlflow_version": version.mlflow_version, "reason": reason}
@@ -231,6 +244,20 @@ def make_champion(
     register_champion(shop, version, over_a_persons_move=how != "gate")
 
 
+def moved_alias(shop: Workshop, task: str) -> str | None:
+    """The version to which a person has moved the alias champion, if the store has not followed yet.
+
+    It differs then from what the two agreed on; or it is that again, though the store has followed a move of it since:
+    MLflow was away at that moment, and the alias was moved back.
+    """
+    moved = shop.tracking.moved(task)
+    if moved is not None:
+        return moved
+    promotions, alias = shop.store.promotions(task), shop.tracking.aliased(task, CHAMPION)
+    moved_back = bool(promotions) and promotions[-1].by == BY_ALIAS and promotions[-1].version != alias
+    return alias if moved_back else None
+
+
 def register_champion(shop: Workshop, version: VersionRecord, *, over_a_persons_move: bool = False) -> None:
     """Let the registry follow the store.
 
@@ -238,7 +265,7 @@ def register_champion(shop: Workshop, version: VersionRecord, *, over_a_persons_
     """
     task = version.task
     number = shop.tracking.number_of(task, version.name)
-    takes = number is not None and (over_a_persons_move or shop.tracking.moved(task) in (None, version.name))
+    takes = number is not None and (over_a_persons_move or moved_alias(shop, task) in (None, version.name))
     if number is not None and takes:
         shop.tracking.set_alias(task, CHAMPION, number)
         if shop.tracking.aliased(task, CANDIDATE) == version.name:

@@ -17,7 +17,7 @@ from apprentice import secrets
 from apprentice.errors import ChosenMeanwhile, TrainingError
 from apprentice.events.kinds import EventKind
 from apprentice.store.records import PromotedBy, PromotionRecord, VersionRecord
-from flows.promote import make_champion, register_champion, seeds
+from flows.promote import BY_ALIAS, make_champion, moved_alias, register_champion, seeds
 from flows.steps import Answered, Validated
 from flows.tracking import CHAMPION
 from flows.workshop import Workshop
@@ -39,7 +39,7 @@ def follow(shop: Workshop, task: str) -> str | None:
         return None
     if shop.tracking.aliased(task, CHAMPION) != chosen:
         return None  # a promotion is under way; the next look finds it done
-    if chosen is None or chosen == agreed:
+    if chosen is None or moved_alias(shop, task) is None:
         # Nobody touched the alias since the two agreed: a promotion got as far as the store.
         version = shop.store.version(task, serving) if serving is not None else None
         if version is not None:
@@ -59,7 +59,7 @@ def follow(shop: Workshop, task: str) -> str | None:
             shop,
             version,
             how="rollback" if earlier else "person",
-            by="the alias champion in MLflow",
+            by=BY_ALIAS,
             reason="the alias was moved",
         )
     except ChosenMeanwhile:
