@@ -14,6 +14,10 @@ is the least that can be known of them, it is 3.5 % and 60 %. tests/flows/test_g
 While the champion is only being shadowed and fewer than 400 examples are held out, a wrong promotion costs little and a
 right one refused costs a training run: `allowed_error` then lets 8 % grow to 30 %.
 
+**Weights.** Once a task serves, most held-out examples are requests that were deferred for being hard. Every figure
+here weighs an example by the sampling rate over the probability with which it was bought, so together they describe
+the traffic; sample sizes are then Kish's effective ones, (sum w)^2 / sum w^2.
+
 The variance is taken under the null, mean(d) = -m (a score test), with half an example of each direction added: without
 either, ten identical answers would have se = 0 and any candidate would pass.
 """
@@ -25,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-__all__ = ["Check", "Evidence", "Pair", "Verdict", "allowed_error", "decide", "paired_bound"]
+__all__ = ["Check", "Evidence", "Pair", "Verdict", "allowed_error", "decide", "effective", "paired_bound"]
 
 VALIDITY = 0.98
 ERROR_RATE, MOST_ERROR = 0.08, 0.30
@@ -38,21 +42,22 @@ class Pair:
 
     candidate: float
     champion: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All that the gate looks at.
 
-    ``valid`` of ``answered`` held-out inputs got an answer within the schema. ``correlation`` and the
+    ``valid`` of ``answered`` held-out inputs got an answer within the schema, both weighted. ``correlation`` and the
     lower end of its two-sided 95 % interval, which chance alone exceeds one time in forty, are those of the candidate
     on the held-out examples; ``pairs`` is None where there is no champion.
     ``active`` is whether the loaded adapter changes the base model's answers, ``reproduced`` the share of probe
     answers given again.
     """
 
-    answered: int
-    valid: int
+    answered: float
+    valid: float
     correlation: float
     correlation_low: float
     active: bool
@@ -102,7 +107,7 @@ def decide(evidence: Evidence, *, coaching_trigger: float, margin: float) -> Ver
         enough = evidence.correlation > coaching_trigger
         checks.append(Check("correlation", evidence.correlation, coaching_trigger, enough))
     if evidence.pairs is not None:
-        allowed = allowed_error(len(evidence.pairs), serving=evidence.serving)
+        allowed = allowed_error(effective(evidence.pairs), serving=evidence.serving)
         bound = paired_bound(evidence.pairs, margin=margin, error_rate=allowed)
         checks.append(Check("not_worse_than_champion", bound, -margin, bound > -margin))
     failed = [check for check in checks if not check.passed]
@@ -111,8 +116,14 @@ def decide(evidence: Evidence, *, coaching_trigger: float, margin: float) -> Ver
     return Verdict(True, "passed: " + "; ".join(str(check) for check in checks), tuple(checks))
 
 
-def allowed_error(pairs: int, *, serving: bool) -> float:
-    """The share of candidates exactly the margin worse than the champion that may pass."""
+def effective(pairs: Sequence[Pair]) -> float:
+    """How many pairs of equal weight tell as much: Kish's effective sample size."""
+    squares = sum(pair.weight * pair.weight for pair in pairs)
+    return sum(pair.weight for pair in pairs) ** 2 / squares if squares > 0.0 else 0.0
+
+
+def allowed_error(pairs: float, *, serving: bool) -> float:
+    """The share of candidates exactly the margin worse than the champion that may pass, given so many pairs."""
     if serving or pairs == 0:
         return ERROR_RATE
     return min(max(ERROR_RATE, ERROR_RATE * ENOUGH / pairs), MOST_ERROR)
@@ -122,13 +133,14 @@ def paired_bound(pairs: Sequence[Pair], *, margin: float, error_rate: float = ER
     """One-sided lower confidence bound of mean(candidate - champion), with the variance under mean = -margin.
 
     For scores of 0 and 1 this is the score test of a paired difference of proportions (Tango 1998), with half a pair
-    added in each direction. -1 where there are no pairs.
+    added in each direction, on the effective number of pairs. -1 where there are no pairs.
     """
-    n = len(pairs)
+    n = effective(pairs)
     if n == 0:
         return -1.0
-    differences = [pair.candidate - pair.champion for pair in pairs]
-    mean = sum(differences) / n
-    spread = (sum(d * d for d in differences) + 1.0) / (n + 1.0)
+    weighted = [(pair.weight, pair.candidate - pair.champion) for pair in pairs]
+    total = sum(w for w, _ in weighted)
+    mean = sum(w * d for w, d in weighted) / total
+    spread = (n * sum(w * d * d for w, d in weighted) / total + 1.0) / (n + 1.0)
     se = math.sqrt(max(spread - margin * margin, 0.0) / n)
     return mean - NormalDist().inv_cdf(1.0 - error_rate) * se

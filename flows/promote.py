@@ -158,10 +158,10 @@ def _refuse(shop: Workshop, version: VersionRecord, reason: str) -> None:
 
 def evidence(validated: Validated, *, serving: bool) -> Evidence:
     """What the gate looks at, from what validate found."""
-    pairs = [Pair(a.score or 0.0, a.champion) for a in validated.answers if a.champion is not None]
+    pairs = [Pair(a.score or 0.0, a.champion, a.weight) for a in validated.answers if a.champion is not None]
     return Evidence(
-        answered=len(validated.answers),
-        valid=sum(a.score is not None for a in validated.answers),
+        answered=sum(a.weight for a in validated.answers),
+        valid=sum(a.weight for a in validated.answers if a.score is not None),
         correlation=validated.correlation,
         correlation_low=validated.correlation_low,
         active=validated.active,

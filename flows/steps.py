@@ -32,6 +32,8 @@ class Answered:
     """One held-out example, answered by the candidate in the serving engine.
 
     ``score`` and ``confidence`` are None where no answer within the schema came; ``champion`` is the champion's score.
+    ``weight`` in (0, 1] is the sampling rate over the probability with which the remote's answer was bought: 1 for what
+    was bought whatever the request was like, less for a request that was deferred for being hard.
     """
 
     id: str
@@ -41,6 +43,7 @@ class Answered:
     parts: dict[str, float]
     confidence: float | None
     champion: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from apprentice import secrets
-from apprentice.confidence.correlation import Tally, chance
+from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, chance
 from apprentice.errors import EvaluatorError, OutputError, TrainingError, VersionError
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine, LocalAnswer, Version
@@ -86,6 +87,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             bereft = [f"not compared with the champion {champion}, which cannot be loaded: {error}"]
             _log.warning("%s: %s", run.task, bereft[0])
             champion = None
+    bought = shop.store.overbought(run.task, {row.id for row in rows})
     judged: list[Answered] = []
     failed: list[EvaluatorError] = []
     for row, answer in zip(rows, answers, strict=True):
@@ -98,8 +100,18 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             local, confidence = dict(answer.output), shop.judge.rate(run.task, answer).confidence
         else:
             score, parts, local, confidence = None, {}, None, None
+        sampling_rate, probability = bought.get(row.id, (1.0, 1.0))
         judged.append(
-            Answered(row.id, local, dict(row.output), score, dict(parts), confidence, champion_scores.get(row.id))
+            Answered(
+                row.id,
+                local,
+                dict(row.output),
+                score,
+                dict(parts),
+                confidence,
+                champion_scores.get(row.id),
+                weight=min(1.0, sampling_rate / probability),
+            )
         )
     if 2 * len(failed) > len(rows):
         # The gate would refuse it for want of scores, which would be a verdict on the evaluator.
@@ -113,7 +125,8 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             "held_out_agreement_low": result.agreement_low,
             "held_out_correlation": result.correlation,
             "held_out_correlation_low": result.correlation_low,
-            "schema_validity": sum(a.score is not None for a in judged) / max(1, len(judged)),
+            "schema_validity": sum(a.weight for a in judged if a.score is not None)
+            / max(1e-9, sum(a.weight for a in judged)),
             "answers_per_s": rate,
             **{f"held_out_agreement.{name}": value for name, value in result.fields.items()},
         },
@@ -258,22 +271,25 @@ def figures_of(
     rate: float,
     notes: list[str],
 ) -> Validated:
-    """Agreement and correlation, with intervals, over the answers within the schema."""
+    """Agreement and correlation of the traffic, with intervals, over the weighted answers within the schema."""
     scored = [a for a in judged if a.score is not None and a.local is not None]
-    answers = [(a.local, a.remote) for a in scored] * 2
     draw = random.Random(version)
+    typical = _typical(scored, draw)
+    around = [(scored[j].local, scored[j].remote) for j in typical] * 2
     tally = Tally()
-    fields: dict[str, list[float]] = {}
+    fields: dict[str, list[tuple[float, float]]] = {}
     for i, a in enumerate(scored):
-        others = answers[i + 1 : i + len(scored)]  # every other one: what it scores against itself is not chance
+        # All but itself, from the next one on: what it scores against itself is not chance.
+        after = bisect_right(typical, i)
+        others = around[after : after + len(typical) - (after > 0 and typical[after - 1] == i)]
         try:
             # With nothing to compare it with there is no chance to correct for, as if the answers never varied.
             expected = chance(a.local, a.remote, others, evaluate, draw)[0] if others else 1.0
         except EvaluatorError:
             continue  # as for its score: it says nothing about the candidate
-        tally.add(a.score or 0.0, expected)
+        tally.add(a.score or 0.0, expected, a.weight)
         for name, part in a.parts.items():
-            fields.setdefault(name, []).append(part)
+            fields.setdefault(name, []).append((a.weight, part))
     agreement, correlation = tally.agreement_estimate(), tally.correlation_estimate()
     if agreement is None or correlation is None:
         nothing = (0.0, 0.0, 0.0)
@@ -288,9 +304,16 @@ def figures_of(
         agreement=agreement.value,
         agreement_low=agreement.low,
         agreement_high=agreement.high,
-        fields={name: sum(parts) / len(parts) for name, parts in fields.items()},
+        fields={name: sum(w * part for w, part in parts) / sum(w for w, _ in parts) for name, parts in fields.items()},
         active=active,
         reproduced=reproduced,
         answers_per_s=rate,
         notes=notes,
     )
+
+
+def _typical(scored: Sequence[Answered], draw: random.Random) -> list[int]:
+    """Which answers chance scores are drawn from, ascending: a fair sample of the traffic; all if that is too few."""
+    most = max((a.weight for a in scored), default=1.0)
+    kept = [i for i, a in enumerate(scored) if a.weight >= most or draw.random() < a.weight / most]
+    return kept if len(kept) > 2 * CHANCE_DRAWS else list(range(len(scored)))
