@@ -29,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+from apprentice.confidence.correlation import effective_size
+
 __all__ = ["Check", "Evidence", "Pair", "Verdict", "allowed_error", "decide", "effective", "paired_bound"]
 
 VALIDITY = 0.98
@@ -38,7 +40,10 @@ ENOUGH = 400  # held-out examples from which a champion that only shadows is pro
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What the gate compares on one held-out example: the scores of candidate and champion against the remote."""
+    """What the gate compares on one held-out example: the scores of candidate and champion against the remote.
+
+    ``weight`` says how often the traffic has its like; see `flows.steps.Answered`.
+    """
 
     candidate: float
     champion: float
@@ -117,9 +122,8 @@ def decide(evidence: Evidence, *, coaching_trigger: float, margin: float) -> Ver
 
 
 def effective(pairs: Sequence[Pair]) -> float:
-    """How many pairs of equal weight tell as much: Kish's effective sample size."""
-    squares = sum(pair.weight * pair.weight for pair in pairs)
-    return sum(pair.weight for pair in pairs) ** 2 / squares if squares > 0.0 else 0.0
+    """How many pairs of equal weight tell as much."""
+    return effective_size(sum(pair.weight for pair in pairs), sum(pair.weight * pair.weight for pair in pairs))
 
 
 def allowed_error(pairs: float, *, serving: bool) -> float:

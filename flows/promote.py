@@ -160,8 +160,8 @@ def evidence(validated: Validated, *, serving: bool) -> Evidence:
     """What the gate looks at, from what validate found."""
     pairs = [Pair(a.score or 0.0, a.champion, a.weight) for a in validated.answers if a.champion is not None]
     return Evidence(
-        answered=sum(a.weight for a in validated.answers),
-        valid=sum(a.weight for a in validated.answers if a.score is not None),
+        answered=validated.answered,
+        valid=validated.valid,
         correlation=validated.correlation,
         correlation_low=validated.correlation_low,
         active=validated.active,

@@ -65,6 +65,16 @@ class Validated:
     answers_per_s: float
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def answered(self) -> float:
+        """The weight of all held-out examples."""
+        return sum(a.weight for a in self.answers)
+
+    @property
+    def valid(self) -> float:
+        """The weight of those that got an answer within the schema."""
+        return sum(a.weight for a in self.answers if a.score is not None)
+
 
 def write_result(bench: Path, name: str, value: Trained | Validated) -> None:
     """Leave a step's result."""

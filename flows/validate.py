@@ -110,7 +110,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
                 dict(parts),
                 confidence,
                 champion_scores.get(row.id),
-                weight=min(1.0, sampling_rate / probability),
+                weight=sampling_rate / probability,
             )
         )
     if 2 * len(failed) > len(rows):
@@ -125,8 +125,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             "held_out_agreement_low": result.agreement_low,
             "held_out_correlation": result.correlation,
             "held_out_correlation_low": result.correlation_low,
-            "schema_validity": sum(a.weight for a in judged if a.score is not None)
-            / max(1e-9, sum(a.weight for a in judged)),
+            "schema_validity": result.valid / max(1e-9, result.answered),
             "answers_per_s": rate,
             **{f"held_out_agreement.{name}": value for name, value in result.fields.items()},
         },

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CHANCE_DRAWS", "Estimate", "Tally", "chance", "wilson"]
+__all__ = ["CHANCE_DRAWS", "Estimate", "Tally", "chance", "effective_size", "wilson"]
 
 CHANCE_DRAWS = 8
 Z95 = 1.959964
@@ -74,8 +74,8 @@ class Tally:
 
     @property
     def effective(self) -> float:
-        """Kish's effective sample size, (sum w)^2 / sum w^2."""
-        return self.w * self.w / self.ww if self.ww > 0.0 else 0.0
+        """See `effective_size`."""
+        return effective_size(self.w, self.ww)
 
     @property
     def agreement(self) -> float | None:
@@ -124,6 +124,11 @@ class Tally:
         down = math.hypot((a - low) / base, math.sqrt(extra))
         up = math.hypot((high - a) / base, math.sqrt(extra))
         return Estimate(rho, max(-1.0, rho - down), min(1.0, rho + up), n)
+
+
+def effective_size(weights: float, squares: float) -> float:
+    """Kish's effective sample size, (sum w)^2 / sum w^2: how many of equal weight tell as much. 0 of nothing."""
+    return weights * weights / squares if squares > 0.0 else 0.0
 
 
 def wilson(a: float, n: float, z: float = Z95) -> tuple[float, float]:
