@@ -50,6 +50,7 @@ __all__ = [
 
 _BUSY_TIMEOUT_S = 60.0
 _LOOK_S = 0.25
+_RETRY_S = 0.01
 _waiting = threading.local()
 
 
@@ -290,6 +291,21 @@ class SqliteDatabase:
             self._readers.append(connection)
 
     @staticmethod
+    def _log_writes_ahead(connection: sqlite3.Connection) -> None:
+        """Put the file in WAL mode, where it is not. While another opener does so, SQLite fails at once: it has read
+        the header by then, and its busy handler serves only a transaction that holds no lock yet.
+        """
+        ends = time.monotonic() + _patience_s()
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= ends:
+                    raise
+                time.sleep(_RETRY_S)
+
+    @staticmethod
     def _begin_writing(connection: sqlite3.Connection) -> None:
         """Wait for other processes' writing to end: SQLite for `_LOOK_S` at a time, and for as long as may be."""
         ends = time.monotonic() + _patience_s()
@@ -344,7 +360,7 @@ class SqliteDatabase:
             cached_statements=256,
         )
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
+            self._log_writes_ahead(connection)
             connection.execute(f"PRAGMA synchronous={synchronous}")
             # The log is written back every 1000 pages (SQLite's default) and, after a burst, cut down to 16 MiB.
             connection.execute("PRAGMA journal_size_limit=16777216")

@@ -493,6 +493,21 @@ def test_stores_open_together(url: str) -> None:
         one.close()
 
 
+def test_a_new_file_that_another_process_is_writing_is_waited_for(tmp_path: Path) -> None:
+    """SQLite's busy timeout does not cover the change to WAL: it failed at once where two openers met."""
+    path = tmp_path / "store.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (n INTEGER)")
+    other.execute("BEGIN IMMEDIATE")
+    ends = threading.Timer(0.3, other.execute, ["COMMIT"])
+    ends.start()
+    with Store.open(f"sqlite:///{path}") as store:
+        store.add_example(example(1))
+        assert store.count_examples("a") == 1
+    ends.join()
+    other.close()
+
+
 def test_an_older_store_is_brought_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store of the first shape, with an example in it, loses nothing by the steps that came later."""
     with monkeypatch.context() as patch:
