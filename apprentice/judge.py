@@ -23,20 +23,13 @@ from typing import Any, NamedTuple
 
 from apprentice import secrets
 from apprentice.confidence.correlation import CHANCE_DRAWS
+from apprentice.confidence.figures import Figures
 from apprentice.confidence.novelty import Vocabulary
-from apprentice.confidence.trust import (
-    Event,
-    EventKind,
-    Figures,
-    LocalObservation,
-    Seed,
-    Stale,
-    Trust,
-    TrustSettings,
-    Weighed,
-    weigh,
-    weigh_seed,
-)
+from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.trust import Trust
+from apprentice.confidence.trust_events import Event, EventKind
+from apprentice.confidence.watch import LocalObservation
+from apprentice.confidence.weighing import Seed, Stale, Weighed, weigh, weigh_seed
 from apprentice.config import Settings, TaskSettings
 from apprentice.errors import EvaluatorError, MissingExtra
 from apprentice.evaluators import Evaluation, Evaluator, build_evaluator

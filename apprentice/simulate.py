@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from apprentice.confidence.drift import change_time
-from apprentice.confidence.trust import Comparison, Event, EventKind, LocalObservation, Trust, TrustSettings
+from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.trust import Trust
+from apprentice.confidence.trust_events import Event, EventKind
+from apprentice.confidence.watch import LocalObservation
+from apprentice.confidence.weighing import Comparison
 from apprentice.decision import Headroom, Plan, Policy, decide
 from apprentice.errors import ConfigError, MissingExtra, Problem
 from apprentice.evaluators import Evaluation
@@ -470,7 +474,7 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
                     coverage=trust.coverage,
                     sampling_rate=now.sampling_rate,
                     remote_share=(remote_calls - remote_before) / max(1, span),
-                    correlation=trust.served_tally.correlation,
+                    correlation=trust.window.tally.correlation,
                     true_agreement=truth,
                     true_correlation=world.correlation(truth),
                     cost=remote_calls * scenario.price_remote,

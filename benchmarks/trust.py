@@ -23,7 +23,10 @@ from apprentice.confidence.acceptance import Slices, grid
 from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import Tally, chance
 from apprentice.confidence.drift import Detector
-from apprentice.confidence.trust import Comparison, LocalObservation, Trust, TrustSettings
+from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.trust import Trust
+from apprentice.confidence.watch import LocalObservation
+from apprentice.confidence.weighing import Comparison
 from apprentice.evaluators import Evaluation
 from apprentice.phases import Phase
 from apprentice.simulate import LocalModel, Scenario, Training, load_scenario, simulate

@@ -27,7 +27,7 @@ from rich.console import Console
 from apprentice.assembly import Assembly
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
-from apprentice.confidence.trust import Figures
+from apprentice.confidence.figures import Figures
 from apprentice.config import LocalSettings, RemoteSettings, Settings, TrackingSettings, load_settings, require_key
 from apprentice.due import due_reason
 from apprentice.errors import ConfigError, Problem, UnknownTask

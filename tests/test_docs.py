@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from apprentice.confidence import trust
+from apprentice.confidence import trust_events
 from apprentice.config import Settings
 from apprentice.events.kinds import EventKind
 
@@ -56,4 +56,4 @@ def test_every_kind_of_event_is_emitted_somewhere() -> None:
         p.read_text() for room in ("apprentice", "flows") for p in (ROOT / room).rglob("*.py") if p.name != "kinds.py"
     )
     assert [k for k in EventKind if f"EventKind.{k.name}" not in text and f'"{k.value}"' not in text] == []
-    assert {kind.value for kind in trust.EventKind} <= {kind.value for kind in EventKind}
+    assert {kind.value for kind in trust_events.EventKind} <= {kind.value for kind in EventKind}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from apprentice import Apprentice, Settings
 from apprentice.confidence.correlation import wilson
-from apprentice.confidence.trust import EventKind
+from apprentice.confidence.trust_events import EventKind
 from apprentice.errors import EvaluatorError, MissingExtra, StoreError
 from apprentice.events import kinds
 from apprentice.judge import Judge

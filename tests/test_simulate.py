@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from apprentice.cli import cli
-from apprentice.confidence.trust import TrustSettings
+from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import ConfigError
 from apprentice.simulate import Happening, LocalModel, Scenario, Training, load_scenario, picture, run_command, simulate
 

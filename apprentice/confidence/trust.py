@@ -27,40 +27,36 @@ Selection effects, and what is done about them:
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
-from apprentice.confidence.acceptance import Slice, Slices, grid
+from apprentice.confidence.acceptance import Slices, grid
 from apprentice.confidence.certify import excess
-from apprentice.confidence.correlation import CHANCE_DRAWS, Estimate, Tally, chance, wilson
+from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
+from apprentice.confidence.figures import Figures, PolicyNumbers, Scope, scope
+from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.steering import Turn, steer
+from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation, Watch
-from apprentice.errors import EvaluatorError
+from apprentice.confidence.weighing import (
+    Basis,
+    Chance,
+    Comparison,
+    Pending,
+    Seed,
+    Stale,
+    Weighed,
+    enough,
+    weigh,
+    weigh_seed,
+)
+from apprentice.confidence.window import Seen, ServedWindow
 from apprentice.evaluators import Evaluator
 from apprentice.phases import Phase, Signal, advance
-from apprentice.sampling import next_rate, target_rate
 
-__all__ = [
-    "Basis",
-    "Comparison",
-    "Event",
-    "EventKind",
-    "Figures",
-    "LocalObservation",
-    "PolicyNumbers",
-    "Scope",
-    "Seed",
-    "Stale",
-    "Trust",
-    "TrustSettings",
-    "Weighed",
-    "weigh",
-    "weigh_seed",
-]
+__all__ = ["Trust"]
 
 FORMAT = 1
 # How many windows of plain numbers are remembered, so that a served slice of a third of the traffic fills its window.
@@ -69,280 +65,6 @@ _MOST_FIELDS = 8
 # What is kept of answers: this many characters in all, or twice the answers of one draw where these are longer.
 _REFERENCE_CHARACTERS = 60_000
 _LONGEST_PAIR = 8_000
-
-
-@dataclass(frozen=True, slots=True)
-class TrustSettings:
-    """Plain numbers, with the defaults that apprentice.yaml documents."""
-
-    graduate: float = 0.85
-    """phase2_to_phase3: the correlation that a slice is certified to reach."""
-    coaching_trigger: float = 0.70
-    emergency_threshold: float = 0.50
-    max_disagreement: float | None = None
-    """Where given, slices are certified for at most this disagreement instead of for ``graduate``."""
-    delta: float = 0.05
-    """Probability that a version ever serves a slice that misses its target."""
-    deferral: bool = True
-    """False keeps a single slice, everything."""
-    min_coverage: float = 0.10
-    window_size: int = 100
-    min_floor: float = 0.02
-    decay_function: str = "exponential"
-    trend_sensitivity: float = 0.05
-    max_fall: float = 0.05
-    """A comparison lowers the sampling rate at most by this share of it."""
-    arl: float = 10_000
-    """Mean number of spot checks to a false alarm of the guard, at least."""
-    warm_up: int = 40
-    """Comparisons whose confidences set the thresholds, where the gate's are fewer."""
-    min_evidence: int = 50
-    """Comparisons of the served slice below which neither coaching nor an emergency is declared."""
-    hysteresis: float = 0.03
-    """How far above the trigger the correlation must be for coaching to end."""
-    watch_arl: float = 50_000
-    """Mean number of local answers to a false alarm of the second watch, at least."""
-    watch_checks: int = 50
-    """Spot checks in a row that the second watch asks for."""
-
-    def target(self) -> list[Any]:
-        """What evidence was collected against: evidence for another target is worth nothing."""
-        return [self.graduate, self.max_disagreement, self.delta, self.deferral, self.min_coverage]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One request answered by both.
-
-    ``probability`` is that with which the remote was asked, given everything known then: 1.0 in shadow and for a
-    deferred request, the sampling rate for one above the threshold. ``sampling_rate`` is the rate at that moment.
-    ``served``: the local answer was above the threshold in phase 3, so without the spot check it would have been
-    returned. ``score`` is None where the evaluator failed; the comparison is then counted and bets on nothing.
-    """
-
-    id: str
-    score: float | None
-    parts: Mapping[str, float]
-    confidence: float
-    local: Any
-    remote: Any
-    probability: float = 1.0
-    sampling_rate: float = 1.0
-    served: bool = False
-    seeded: bool = False
-
-
-class EventKind(StrEnum):
-    """What can happen to a task's trust."""
-
-    PROMOTED = "promoted"
-    CERTIFIED = "certified"
-    """A slice is certified for the first time, or a larger one is; the threshold moved."""
-    PHASE = "phase"
-    COACHING = "coaching"
-    EMERGENCY = "emergency"
-    SHIFT = "shift"
-    DRIFT = "drift"
-    RECOVERED = "recovered"
-    UNUSUAL = "unusual"
-    """The second watch saw something; spot checks rise."""
-    UNSCORED = "unscored"
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something worth a line in the log, with the numbers that led to it; all JSON."""
-
-    kind: EventKind
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-
-
-class PolicyNumbers(NamedTuple):
-    """What the router needs of the trust state."""
-
-    phase: Phase
-    threshold: float | None
-    sampling_rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Agreement and correlation over one set of comparisons, of the whole answer and of each field."""
-
-    agreement: Estimate | None
-    correlation: Estimate | None
-    fields: Mapping[str, tuple[Estimate | None, Estimate | None]] = field(default_factory=dict)
-    """field -> (agreement, correlation)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Everything readable, at one moment."""
-
-    phase: Phase
-    threshold: float | None
-    sampling_rate: float
-    coverage: float
-    """Share of the traffic in the served slice, as measured; 0 where nothing is certified."""
-    comparisons: int
-    """Since the promotion, the gate's own included."""
-    unscored: int
-    accepted_agreement: float | None
-    """Agreement of the answers above the threshold since the promotion that a spot check could have met, those that one
-    did meet included; unbiased under a varying rate, None before any check. It says nothing of the ``unverified``."""
-    unverified: float
-    """Answers since the promotion that nobody could have checked, or for which a check that brought no score stands."""
-    window_all: Scope
-    window_served: Scope
-    since_all: Scope
-    since_served: Scope
-    slices: Sequence[Slice]
-    coaching: bool
-    alarmed: bool
-    training_due: bool
-
-
-class _Seen(NamedTuple):
-    """One comparison as numbers. ``weight`` is sampling_rate / probability."""
-
-    confidence: float
-    score: float
-    chance: float
-    weight: float
-    parts: list[float]
-    chances: list[float]
-
-
-class _Pending(NamedTuple):
-    """One comparison waiting for the thresholds and for other answers to draw chance scores from."""
-
-    confidence: float
-    score: float
-    weight: float
-    parts: dict[str, float]
-    local: Any
-    remote: Any
-
-
-class _Chance(NamedTuple):
-    """The chance score of a comparison, and of each of its parts."""
-
-    score: float
-    parts: Mapping[str, float]
-
-
-class Stale(Exception):
-    """The state is no longer the one that a comparison was weighed for: weigh it again on its new `Trust.basis`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """What chance scores are drawn from at one moment. It shares nothing that changes with the state."""
-
-    waiting: Sequence[_Pending] | None
-    """The comparisons that wait for thresholds; None once there are some."""
-    enough: int
-    """How many set the thresholds."""
-    window: int
-    reference: Sequence[tuple[Any, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Weighed:
-    """A comparison with all that the evaluator had to say for it."""
-
-    comparison: Comparison
-    pending: _Pending | None
-    """None where it has no score."""
-    chance: _Chance | str | None = None
-    """Once there are thresholds; a text is why the evaluator could not tell."""
-    opening: Sequence[tuple[_Pending, _Chance | str]] | None = None
-    """While there are none: this comparison and those that waited, where together they are enough; else empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """Held-out comparisons of a new version, with all that the evaluator had to say for them."""
-
-    count: int
-    waiting: Sequence[_Pending]
-    opening: Sequence[tuple[_Pending, _Chance | str]]
-
-
-def weigh(
-    comparison: Comparison,
-    basis: Basis,
-    evaluate: Evaluator,
-    draw: random.Random,
-    *,
-    opening_draws: int = CHANCE_DRAWS,
-) -> Weighed:
-    """Ask the evaluator for all that ``comparison`` needs: 2 * CHANCE_DRAWS evaluations, and for one that completes the
-    warm-up 2 * ``opening_draws`` for each that waited. Fewer draws make a chance score less exact and no more biased.
-
-    Where the evaluator raises EvaluatorError the comparison counts as unscored.
-    """
-    pending = _admitted(comparison, evaluate)
-    if pending is None:
-        return Weighed(comparison, None)
-    if basis.waiting is not None:
-        waiting = [*basis.waiting, pending]
-        complete = len(waiting) >= basis.enough
-        return Weighed(
-            comparison,
-            pending,
-            opening=_among(waiting, basis.window, evaluate, draw, opening_draws) if complete else (),
-        )
-    try:
-        return Weighed(
-            comparison, pending, _Chance(*chance(pending.local, pending.remote, basis.reference, evaluate, draw))
-        )
-    except EvaluatorError as error:
-        return Weighed(comparison, pending, str(error))
-
-
-def weigh_seed(
-    comparisons: Sequence[Comparison], settings: TrustSettings, evaluate: Evaluator, draw: random.Random
-) -> Seed:
-    """Ask the evaluator for all that held-out comparisons need; see `weigh`."""
-    waiting = [pending for c in comparisons if (pending := _admitted(c, evaluate)) is not None]
-    enough = len(waiting) >= _enough(settings)
-    return Seed(len(comparisons), waiting, _among(waiting, settings.window_size, evaluate, draw) if enough else ())
-
-
-def _enough(settings: TrustSettings) -> int:
-    return settings.warm_up if settings.deferral else 10
-
-
-def _admitted(comparison: Comparison, evaluate: Evaluator) -> _Pending | None:
-    score = comparison.score
-    if score is None or not 0.0 <= score <= 1.0:
-        return None
-    project = getattr(evaluate, "project", None)
-    local, remote = comparison.local, comparison.remote
-    if project is not None:
-        local, remote = project(local), project(remote)
-    weight = 1.0
-    if comparison.probability > 0.0:
-        weight = min(1.0, max(0.0, comparison.sampling_rate / comparison.probability))
-    # Not rounded: a threshold is one of these confidences, and real answers are held against it digit for digit.
-    return _Pending(comparison.confidence, score, weight, dict(comparison.parts), local, remote)
-
-
-def _among(
-    waiting: Sequence[_Pending], window: int, evaluate: Evaluator, draw: random.Random, draws: int = CHANCE_DRAWS
-) -> list[tuple[_Pending, _Chance | str]]:
-    """Each with its chance score among the others."""
-    answers = [(pending.local, pending.remote) for pending in waiting] * 2
-    span = min(len(waiting) - 1, window)
-    weighed: list[tuple[_Pending, _Chance | str]] = []
-    for i, pending in enumerate(waiting):
-        try:
-            others = answers[i + 1 : i + 1 + span]
-            weighed.append((pending, _Chance(*chance(pending.local, pending.remote, others, evaluate, draw, draws))))
-        except EvaluatorError as error:
-            weighed.append((pending, str(error)))
-    return weighed
 
 
 class Trust:
@@ -365,10 +87,10 @@ class Trust:
         self.guard: Guard | None = None
         self.guard_weight = 0.0
         self.watcher = Watch(self.settings.watch_arl)
-        self.pending: list[_Pending] = []
+        self.pending: list[Pending] = []
         self.reference: list[tuple[Any, Any]] = []
         self.place = 0
-        self.history: list[_Seen] = []
+        self.history: list[Seen] = []
         self.fields: list[str] = []
         self.since_all: dict[str, Tally] = {"": Tally()}
         self.since_served: dict[str, Tally] = {"": Tally()}
@@ -415,7 +137,7 @@ class Trust:
                 "reference": self.reference,
                 "place": self.place,
                 "history": self.history,
-                "served": self.served,
+                "served": self.window.rows,
                 "fields": self.fields,
                 "since_all": {name: tally.sums() for name, tally in self.since_all.items()},
                 "since_served": {name: tally.sums() for name, tally in self.since_served.items()},
@@ -462,12 +184,12 @@ class Trust:
         trust.slices = None if data["slices"] is None else Slices.load(data["slices"])
         trust.guard = None if data["guard"] is None else Guard.load(data["guard"], settings.arl)
         trust.watcher = Watch.load(data["watch"], settings.watch_arl)
-        trust.pending = [_Pending(*row) for row in data["pending"]]
+        trust.pending = [Pending(*row) for row in data["pending"]]
         trust.reference = [(local, remote) for local, remote in data["reference"]]
-        trust.history = [_Seen(*row) for row in data["history"]]
+        trust.history = [Seen(*row) for row in data["history"]]
         trust.since_all = {name: Tally(sums) for name, sums in data["since_all"].items()}
         trust.since_served = {name: Tally(sums) for name, sums in data["since_served"].items()}
-        trust._fill_window([_Seen(*row) for row in data["served"]])
+        trust.window = ServedWindow(settings.window_size, (Seen(*row) for row in data["served"]))
         if data["target"] != settings.target():
             trust._retarget()
         return trust
@@ -499,7 +221,7 @@ class Trust:
     def basis(self) -> Basis:
         """What `weigh` needs of the state."""
         waiting = tuple(self.pending) if self.slices is None else None
-        return Basis(waiting, _enough(self.settings), self.settings.window_size, tuple(self.reference))
+        return Basis(waiting, enough(self.settings), self.settings.window_size, tuple(self.reference))
 
     def observe(self, comparison: Comparison, evaluate: Evaluator, draw: random.Random) -> list[Event]:
         """Weigh one comparison and take it in at once; ignored in phase 1."""
@@ -527,7 +249,7 @@ class Trust:
             self.pending.append(pending)
             self._remember(pending, draw)
             return self._open(weighed.opening) + self._settle() if weighed.opening else []
-        if not isinstance(weighed.chance, _Chance):
+        if not isinstance(weighed.chance, Chance):
             return self._unscored(comparison, str(weighed.chance))
         self._remember(pending, draw)
         seen = self._numbers(pending, weighed.chance)
@@ -539,7 +261,7 @@ class Trust:
         self.slices.add(seen.confidence, seen.score, x, seen.weight)
         return events + self._settle()
 
-    def _check_basis(self, pending: _Pending, weighed: Weighed) -> None:
+    def _check_basis(self, pending: Pending, weighed: Weighed) -> None:
         if self.slices is not None:
             if weighed.chance is None:
                 raise Stale
@@ -547,7 +269,7 @@ class Trust:
         if weighed.opening is None:
             raise Stale
         waiting = [*self.pending, pending]
-        due = waiting if len(waiting) >= _enough(self.settings) else []
+        due = waiting if len(waiting) >= enough(self.settings) else []
         if [one for one, _ in weighed.opening] != due:
             raise Stale
 
@@ -639,7 +361,7 @@ class Trust:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _remember(self, pending: _Pending, draw: random.Random) -> None:
+    def _remember(self, pending: Pending, draw: random.Random) -> None:
         """Keep the answers to draw chance scores from, as a fair sample of the traffic."""
         if pending.weight < 1.0 and draw.random() >= pending.weight:
             return
@@ -657,13 +379,13 @@ class Trust:
             self.place = (self.place + 1) % len(self.reference)
             self.reference[self.place] = (pending.local, pending.remote)
 
-    def _open(self, opening: Sequence[tuple[_Pending, _Chance | str]]) -> list[Event]:
+    def _open(self, opening: Sequence[tuple[Pending, Chance | str]]) -> list[Event]:
         """Fix the thresholds and let the comparisons that waited for them bet."""
         self.pending = []
-        seen: list[_Seen] = []
+        seen: list[Seen] = []
         why = None
         for pending, expected in opening:
-            if isinstance(expected, _Chance):
+            if isinstance(expected, Chance):
                 seen.append(self._numbers(pending, expected))
             else:
                 self.unscored += 1
@@ -681,13 +403,13 @@ class Trust:
         thresholds = grid(confidences, self.settings.min_coverage) if self.settings.deferral else [0.0]
         self.slices = Slices(thresholds, self.settings.delta, confidences)
 
-    def _numbers(self, pending: _Pending, expected: _Chance) -> _Seen:
+    def _numbers(self, pending: Pending, expected: Chance) -> Seen:
         for name in pending.parts:
             if name not in self.since_all and len(self.since_all) <= 4 * _MOST_FIELDS:
                 self.since_all[name] = Tally()
                 if len(self.fields) < _MOST_FIELDS:
                     self.fields.append(name)
-        return _Seen(
+        return Seen(
             pending.confidence,
             round(pending.score, 6),
             expected.score,
@@ -696,7 +418,7 @@ class Trust:
             [round(expected.parts.get(name, 0.0), 4) for name in self.fields],
         )
 
-    def _excess(self, seen: _Seen) -> float:
+    def _excess(self, seen: Seen) -> float:
         return excess(
             seen.score,
             seen.chance,
@@ -704,16 +426,16 @@ class Trust:
             max_disagreement=self.settings.max_disagreement,
         )
 
-    def _count(self, seen: _Seen) -> None:
+    def _count(self, seen: Seen) -> None:
         self.history.append(seen)
         if len(self.history) > _MEMORY * self.settings.window_size:
             del self.history[0]
         self._tally(self.since_all, seen, seen.weight)
         if self.threshold is not None and seen.confidence >= self.threshold:
             self._tally(self.since_served, seen, 1.0)
-            self._enter_window(seen)
+            self.window.add(seen)
 
-    def _tally(self, into: dict[str, Tally], seen: _Seen, weight: float) -> None:
+    def _tally(self, into: dict[str, Tally], seen: Seen, weight: float) -> None:
         into[""].add(seen.score, seen.chance, weight)
         for name, part, c in zip(self.fields, seen.parts, seen.chances, strict=False):
             if part >= 0.0:
@@ -721,34 +443,14 @@ class Trust:
                     into[name] = Tally()
                 into[name].add(part, c, weight)
 
-    def _enter_window(self, seen: _Seen) -> None:
-        """The served slice's last comparisons: sums over all of them, and over their recent half."""
-        window, half = self.settings.window_size, self.settings.window_size // 2
-        self.served.append(seen)
-        self.served_tally.add(seen.score, seen.chance)
-        self.recent_tally.add(seen.score, seen.chance)
-        if len(self.served) > half:
-            old = self.served[-half - 1]
-            self.recent_tally.remove(old.score, old.chance)
-        if len(self.served) > window:
-            old = self.served.pop(0)
-            self.served_tally.remove(old.score, old.chance)
-
     def _rebuild_window(self, last: int | None = None) -> None:
         """Fill the window with what is remembered of the slice that is served now; only ``last`` where given."""
         inside = []
         if self.threshold is not None:
             inside = [seen for seen in self.history if seen.confidence >= self.threshold]
-        self._fill_window(inside[-(last or self.settings.window_size) :])
+        self.window = ServedWindow(self.settings.window_size, inside[-(last or self.settings.window_size) :])
 
-    def _fill_window(self, rows: Sequence[_Seen]) -> None:
-        self.served: list[_Seen] = []
-        self.served_tally = Tally()
-        self.recent_tally = Tally()
-        for seen in rows:
-            self._enter_window(seen)
-
-    def _check(self, seen: _Seen, probability: float) -> list[Event]:
+    def _check(self, seen: Seen, probability: float) -> list[Event]:
         """One spot check of the served slice: the unbiased estimate, and the guard."""
         if self.checked_level is None:
             self.checked_level = seen.score if self.guard is None else self.guard.detector.level
@@ -838,64 +540,32 @@ class Trust:
         self.guard_weight = weight
 
     def _steer(self) -> list[Event]:
-        """Coaching, emergency and the sampling rate, from the served slice's window."""
+        """Carry out what `steer` decides from the served slice's window."""
+        steering = steer(self.settings, self.window, rate=self.rate, coaching=self.coaching, alarmed=self.alarmed)
         events: list[Event] = []
-        settings = self.settings
-        rho = self.served_tally.correlation
-        if rho is None:
-            self.rate = 1.0
-            return events
-        known = len(self.served) >= settings.min_evidence
-        evidence = {
-            "correlation": round(rho, 4),
-            "agreement": _rounded(self.served_tally.agreement),
-            "comparisons": len(self.served),
-        }
-        if known and rho < settings.emergency_threshold:
-            events.append(Event(EventKind.EMERGENCY, {**evidence, "threshold": settings.emergency_threshold}))
+        if steering.turn is not None:
+            events.append(Event(EventKind(steering.turn.value), {**steering.evidence, **steering.limit}))
+        if steering.turn is Turn.EMERGENCY:
             self.training_due = True
-            return events + self._to_shadow(Signal.EMERGENCY, evidence)
-        if known and not self.coaching and rho < settings.coaching_trigger:
+            return events + self._to_shadow(Signal.EMERGENCY, steering.evidence)
+        if steering.turn is Turn.COACHING:
             self.coaching = self.training_due = True
-            events.append(Event(EventKind.COACHING, {**evidence, "trigger": settings.coaching_trigger}))
-        elif self.coaching and not self.alarmed and rho >= settings.coaching_trigger + settings.hysteresis:
+        elif steering.turn is Turn.RECOVERED:
             self.coaching = False
-            events.append(Event(EventKind.RECOVERED, evidence))
-        if self.alarmed or self.coaching:
-            target = 1.0
-        else:
-            target = target_rate(
-                settings.decay_function,
-                rho,
-                trigger=settings.coaching_trigger,
-                floor=settings.min_floor,
-                drop=self._falling(),
-            )
-        self.rate = next_rate(self.rate, target, max_fall=settings.max_fall)
-        if self.guard is not None and self.slices is not None and self.slices.certified is not None:
-            k = self.slices.certified
-            # Look again at each doubling of the evidence, and only ever raise the bar.
-            if not self.alarmed and self.slices.weight(k) >= 2.0 * max(self.guard_weight, 50.0):
-                level = self.guard.detector.level
-                self._set_guard(k)
-                self.guard.detector.level = max(level, self.guard.detector.level)
+        self.rate = steering.rate
+        if self.window.rows:
+            self._raise_guard()
         return events
 
-    def _falling(self) -> float:
-        """How far the recent half of the window is below the older; 0 within ``trend_sensitivity`` or noise."""
-        window = self.settings.window_size
-        half = window // 2
-        if len(self.served) < window or half < 2:
-            return 0.0
-        whole, recent = self.served_tally, self.recent_tally
-        base = whole.u / whole.w
-        if base <= 1e-9:
-            return 0.0
-        older_count = whole.w - recent.w
-        drop = (recent.d / recent.w - (whole.d - recent.d) / older_count) / base
-        p = whole.d / whole.w
-        noise = 1.645 * math.sqrt(max(0.0, p * (1.0 - p)) * (1.0 / recent.w + 1.0 / older_count)) / base
-        return drop if drop > max(self.settings.trend_sensitivity, noise) else 0.0
+    def _raise_guard(self) -> None:
+        """Look again at each doubling of the evidence, and only ever raise the bar."""
+        if self.guard is None or self.alarmed or self.slices is None or self.slices.certified is None:
+            return
+        k = self.slices.certified
+        if self.slices.weight(k) >= 2.0 * max(self.guard_weight, 50.0):
+            level = self.guard.detector.level
+            self._set_guard(k)
+            self.guard.detector.level = max(level, self.guard.detector.level)
 
     def _to_shadow(self, signal: Signal, evidence: Mapping[str, Any]) -> list[Event]:
         before = self.phase
@@ -939,29 +609,20 @@ class Trust:
             accepted_agreement=self.accepted_agreement,
             unverified=self.unverified,
             window_all=self._scope([(seen, seen.weight) for seen in window]),
-            window_served=self._scope([(seen, 1.0) for seen in self.served]),
-            since_all=_scope(self.since_all),
-            since_served=_scope(self.since_served),
+            window_served=self._scope([(seen, 1.0) for seen in self.window.rows]),
+            since_all=scope(self.since_all),
+            since_served=scope(self.since_served),
             slices=[] if self.slices is None else self.slices.curve(),
             coaching=self.coaching,
             alarmed=self.alarmed,
             training_due=self.training_due,
         )
 
-    def _scope(self, weighted: Sequence[tuple[_Seen, float]]) -> Scope:
+    def _scope(self, weighted: Sequence[tuple[Seen, float]]) -> Scope:
         tallies: dict[str, Tally] = {"": Tally()}
         for seen, weight in weighted:
             self._tally(tallies, seen, weight)
-        return _scope(tallies)
-
-
-def _scope(tallies: Mapping[str, Tally]) -> Scope:
-    whole = tallies[""]
-    return Scope(
-        whole.agreement_estimate(),
-        whole.correlation_estimate(),
-        {name: (tally.agreement_estimate(), tally.correlation_estimate()) for name, tally in tallies.items() if name},
-    )
+        return scope(tallies)
 
 
 def _phase(before: Phase, after: Phase, signal: Signal, evidence: Mapping[str, Any]) -> Event:

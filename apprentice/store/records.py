@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
-from apprentice.confidence.trust import Comparison
+from apprentice.confidence.weighing import Comparison
 from apprentice.decision import Policy
 from apprentice.events.kinds import Level
 from apprentice.phases import Phase

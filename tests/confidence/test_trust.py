@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 
-from apprentice.confidence.trust import (
-    Comparison,
-    Event,
-    EventKind,
-    LocalObservation,
-    Stale,
-    Trust,
-    TrustSettings,
-    weigh,
-)
+from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.trust import Trust
+from apprentice.confidence.trust_events import Event, EventKind
+from apprentice.confidence.watch import LocalObservation
+from apprentice.confidence.weighing import Comparison, Stale, weigh
 from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluation, build_evaluator
 from apprentice.phases import Phase

@@ -1,0 +1,47 @@
+"""What the trust in a version is measured by: plain numbers, so that no config travels into the mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["TrustSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrustSettings:
+    """Plain numbers, with the defaults that apprentice.yaml documents."""
+
+    graduate: float = 0.85
+    """phase2_to_phase3: the correlation that a slice is certified to reach."""
+    coaching_trigger: float = 0.70
+    emergency_threshold: float = 0.50
+    max_disagreement: float | None = None
+    """Where given, slices are certified for at most this disagreement instead of for ``graduate``."""
+    delta: float = 0.05
+    """Probability that a version ever serves a slice that misses its target."""
+    deferral: bool = True
+    """False keeps a single slice, everything."""
+    min_coverage: float = 0.10
+    window_size: int = 100
+    min_floor: float = 0.02
+    decay_function: str = "exponential"
+    trend_sensitivity: float = 0.05
+    max_fall: float = 0.05
+    """A comparison lowers the sampling rate at most by this share of it."""
+    arl: float = 10_000
+    """Mean number of spot checks to a false alarm of the guard, at least."""
+    warm_up: int = 40
+    """Comparisons whose confidences set the thresholds, where the gate's are fewer."""
+    min_evidence: int = 50
+    """Comparisons of the served slice below which neither coaching nor an emergency is declared."""
+    hysteresis: float = 0.03
+    """How far above the trigger the correlation must be for coaching to end."""
+    watch_arl: float = 50_000
+    """Mean number of local answers to a false alarm of the second watch, at least."""
+    watch_checks: int = 50
+    """Spot checks in a row that the second watch asks for."""
+
+    def target(self) -> list[Any]:
+        """What evidence was collected against: evidence for another target is worth nothing."""
+        return [self.graduate, self.max_disagreement, self.delta, self.deferral, self.min_coverage]
