@@ -10,21 +10,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from apprentice.prompts import compact_prompt
 from apprentice.schema import Schema
 
-__all__ = ["Engine", "Health", "LoadedVersion", "LocalAnswer", "Version"]
+__all__ = ["AnsweredBy", "Engine", "Health", "LoadedVersion", "LocalAnswer", "Version"]
+
+
+type AnsweredBy = Literal["head", "lora", "both"]
+"""Which half of a student answered; an engine's own answers are by its adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
     """A trained version of a task's local model, as an engine needs to know it.
 
-    ``adapter`` is the folder the trainer wrote (PEFT files and frame.json), or None for the untrained base model;
-    ``remote_model`` is set instead where a vendor serves the fine-tuned model. ``input_schema`` is the task's, by which
-    prompts are written; None if every input has the same fields.
+    ``adapter`` is the folder of a student (student.json) or what the trainer wrote (PEFT files and frame.json), or None
+    for the untrained base model; ``remote_model`` is set instead where a vendor serves the fine-tuned model.
+    ``input_schema`` is the task's, by which prompts are written; None if every input has the same fields.
     """
 
     name: str
@@ -46,6 +50,9 @@ class LocalAnswer:
     ``confidence`` is g of DESIGN section 6, in [0, 1]: the probability of the values' tokens, the weakest field
     counting; ``field_confidence`` has it by field. ``cost`` is what a vendor bills for it, in USD and in the ledger
     already; None where nobody sends a bill.
+
+    ``distributions`` hold, by top-level field of finitely many values, the probability of every allowed value by its
+    JSON text, as far as the engine knows them; None if it only knows what it chose.
     """
 
     output: dict[str, Any]
@@ -55,6 +62,8 @@ class LocalAnswer:
     prompt_tokens: int
     answer_tokens: int
     cost: Decimal | None = None
+    distributions: Mapping[str, Mapping[str, float]] | None = None
+    answered_by: AnsweredBy = "lora"
 
 
 @dataclass(frozen=True, slots=True)
