@@ -8,12 +8,13 @@ It holds no model: the embedded engine feeds it from its own passes, the engines
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apprentice.errors import OutputError, Problem
 from apprentice.local.grammar import Position
-from apprentice.local.skeleton import Choice, Free, Literal, Skeleton, Step
+from apprentice.local.skeleton import Choice, Free, Literal, Option, Skeleton, Step
 from apprentice.schema import SchemaError
 
 __all__ = ["Decoding", "Encode"]
@@ -38,7 +39,9 @@ class Decoding:
         self._walk = skeleton.walk()
         self._text: list[str] = []
         self._probability: dict[str, float] = {}
-        self._options: dict[tuple[int, ...], tuple[str, tuple[str, ...]]] = {}
+        self._options: dict[tuple[int, ...], Option] = {}
+        self._reached = 1.0
+        self._distributions: dict[str, dict[str, float]] = {}
         self._chosen: tuple[int, ...] = ()
         self._written = bytearray()
         self.pending: list[int] = list(prompt)
@@ -54,25 +57,28 @@ class Decoding:
         assert self.only is not None
         highest = max(scores)
         best = scores.index(highest)
-        probability = 1.0 / sum(math.exp(score - highest) for score in scores)
+        weights = [math.exp(score - highest) for score in scores]
+        probability = 1.0 / sum(weights)
         token = self.only[best]
         at = len(self._chosen)
         before = self._options
+        self._set_apart(at, {one: weight * probability for one, weight in zip(self.only, weights, strict=True)}, token)
         self.pending = [token]
         self._spend(1)
         self._options = {ids: option for ids, option in before.items() if ids[at] == token}
         self._chosen += (token,)
-        for path in {path for _, paths in before.values() for path in paths}:
+        for path in {path for option in before.values() for path in option.paths}:
             self._probability[path] = self._probability.get(path, 1.0) * probability
         if len(self._options) > 1:
             self._ride()
             return
-        ((ids, (text, _)),) = self._options.items()
+        ((ids, option),) = self._options.items()
+        self._give(option, self._reached)
         rest = ids[len(self._chosen) :]
         self.pending += rest
         self.answer_tokens += len(rest)
         self.only = None
-        self._decided(text)
+        self._decided(option.text)
 
     def write(self, tokens: Sequence[int], content: bytes, probability: float, after: Position | None) -> None:
         """Append tokens to the free text: their bytes, their joint probability, where the grammar stands after them.
@@ -98,6 +104,23 @@ class Decoding:
         path = self.free.path if self.free is not None else ""
         return OutputError(self._task, "the local model", [Problem(path or "answer", why + ".")])
 
+    def _set_apart(self, at: int, probabilities: Mapping[int, float], chosen: int) -> None:
+        """Give the options that part from the answer at token ``at`` their probability.
+
+        Those that part from it together share theirs evenly: to tell them apart would take a pass for each.
+        """
+        sizes = Counter(ids[at] for ids in self._options)
+        for ids, option in self._options.items():
+            if ids[at] != chosen:
+                self._give(option, self._reached * probabilities[ids[at]] / sizes[ids[at]])
+        self._reached *= probabilities[chosen]
+
+    def _give(self, option: Option, probability: float) -> None:
+        if option.value and "." not in option.paths[0]:
+            # A number is an option with each character that may follow it.
+            values = self._distributions.setdefault(option.paths[0], {})
+            values[option.value] = values.get(option.value, 0.0) + probability
+
     def _spend(self, tokens: int) -> None:
         self.answer_tokens += tokens
         self.left -= tokens
@@ -111,6 +134,11 @@ class Decoding:
             return self._skeleton.schema.parse("".join(self._text))
         except SchemaError as error:
             raise OutputError(self._task, "the local model", error.problems) from None
+
+    @property
+    def distributions(self) -> Mapping[str, Mapping[str, float]]:
+        """By top-level field that is chosen from a list: the probability of each value, by its JSON text."""
+        return self._distributions
 
     @property
     def field_confidence(self) -> Mapping[str, float]:
@@ -137,7 +165,8 @@ class Decoding:
                 self.done = True
                 return
         if isinstance(step, Choice):
-            self._options = {tuple(self._encode(option.text)): (option.text, option.paths) for option in step.options}
+            self._options = {tuple(self._encode(option.text)): option for option in step.options}
+            self._reached = 1.0
             self._chosen = ()
             self._ride()
             return

@@ -441,6 +441,7 @@ class EmbeddedEngine:
                 version=request.held.version.name,
                 prompt_tokens=request.prompt_tokens,
                 answer_tokens=decoding.answer_tokens,
+                distributions=decoding.distributions,
             )
         except ApprenticeError as error:
             return error

@@ -114,6 +114,7 @@ def answer_by(server: Completer, framed: Framed, value: Mapping[str, Any], most:
         version=framed.version.name,
         prompt_tokens=prompt_tokens,
         answer_tokens=decoding.answer_tokens,
+        distributions=decoding.distributions,
     )
 
 

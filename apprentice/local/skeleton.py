@@ -33,10 +33,15 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One text that may be chosen, and the paths of the fields that choosing it decides."""
+    """One text that may be chosen, and the paths of the fields that choosing it decides.
+
+    ``value`` is the JSON text of the field's value where that is what is chosen, "" where it is whether the field is
+    there.
+    """
 
     text: str
     paths: tuple[str, ...]
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,13 +256,13 @@ def _enum(values: list[Any], path: str, follow: str) -> Generator[Step, str, str
         return ""
     if all(isinstance(value, str) for value in values):
         yield Literal('"')
-        yield Choice(tuple(Option(text[1:], (path,)) for text in texts))
+        yield Choice(tuple(Option(text[1:], (path,), text) for text in texts))
         return ""
     if any(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         # 1 is the beginning of 10: each is read with what follows it.
-        text = yield Choice(tuple(Option(text + end, (path,)) for text in texts for end in follow))
+        text = yield Choice(tuple(Option(text + end, (path,), text) for text in texts for end in follow))
         return text[-1]
-    yield Choice(tuple(Option(text, (path,)) for text in texts))
+    yield Choice(tuple(Option(text, (path,), text) for text in texts))
     return ""
 
 

@@ -94,3 +94,46 @@ def test_the_budget_of_tokens_ends_an_endless_answer() -> None:
     d.write([1, 2], b"aa", 1.0, inside)
     with pytest.raises(OutputError, match=r"local\.max_new_tokens"):
         d.write([1], b"a", 1.0, inside)
+
+
+def test_every_value_gets_its_probability() -> None:
+    """What parts from the answer at one token together shares that token's probability evenly; it sums to one."""
+    d = decoding({"e": "sad | shame | shy | joy", "b": "bool"})
+    assert d.only == (ord("j"), ord("s"))
+    d.choose([math.log(0.1), math.log(0.9)])
+    assert d.only == (ord("a"), ord("h"))
+    d.choose([math.log(0.7), math.log(0.3)])
+    d.choose([0.0, 0.0])
+    assert d.output == {"e": "sad", "b": False}
+    assert d.distributions["e"] == pytest.approx({'"joy"': 0.1, '"sad"': 0.63, '"shame"': 0.135, '"shy"': 0.135})
+    assert d.distributions["b"] == pytest.approx({"true": 0.5, "false": 0.5})
+    assert d.distributions["e"]['"sad"'] == pytest.approx(d.field_confidence["e"])
+
+
+def test_a_number_has_one_probability_whatever_character_may_follow_it() -> None:
+    spec = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 10, 2]}, "later": {"type": "boolean"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    d = decoding(spec)
+    assert d.only == (ord("1"), ord("2"))
+    d.choose([math.log(0.75), math.log(0.25)])
+    assert sorted(map(chr, d.only)) == [",", "0", "}"]
+    d.choose([math.log({",": 0.2, "0": 0.3, "}": 0.5}[chr(token)]) for token in d.only])
+    assert d.output == {"n": 1}
+    assert d.distributions["n"] == pytest.approx({"1": 0.75 * 0.7, "10": 0.75 * 0.3, "2": 0.25})
+
+
+def test_free_text_and_fields_within_fields_have_no_distribution() -> None:
+    place = {"type": "object", "properties": {"kind": {"enum": ["a", "b"]}}, "required": ["kind"]}
+    spec = {
+        "type": "object",
+        "properties": {"place": place | {"additionalProperties": False}, "n": {"type": "integer"}},
+        "required": ["place", "n"],
+        "additionalProperties": False,
+    }
+    d = decoding(spec)
+    d.choose([1.0, 0.0])
+    assert d.distributions == {}

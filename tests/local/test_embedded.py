@@ -32,6 +32,10 @@ def test_an_enum_is_answered_as_it_was_taught(engine: EmbeddedEngine, train: Tra
         assert answer.output == output
         assert answer.version == version.name
         assert answer.confidence == answer.field_confidence["emotion"] > 0.9
+        assert answer.distributions is not None
+        told = answer.distributions["emotion"]
+        assert sum(told.values()) == pytest.approx(1.0)
+        assert told[f'"{output["emotion"]}"'] == pytest.approx(answer.confidence)
 
 
 def test_strings_numbers_lists_and_absent_fields_are_answered_too(engine: EmbeddedEngine, train: Train) -> None:
