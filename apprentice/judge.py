@@ -377,6 +377,7 @@ class Judge:
         seed: Sequence[ComparisonRecord],
         *,
         attempts: int = 1,
+        carries: float | None = None,
         reason: str,
         how: PromotedBy = "gate",
         by: str = "the gate",
@@ -384,31 +385,64 @@ class Judge:
     ) -> TaskState:
         """Make ``version`` the task's champion; its held-out comparisons are the first evidence for or against it.
 
+        ``carries``: the version is a refit of the champion's lineage, and every comparison so far was answered before
+        the lineage learnt from it. It goes on from all that the champion had earned, with a sampling rate of at least
+        ``carries`` (at least 0), and its held-out comparisons count for nothing: they are the same evidence again.
+        While the champion is under alarm or in coaching, or knows nothing of today's target, it begins with them.
+
         A version that was champion before goes on from all that it had earned, for as long as that is remembered and
         the target is the same; the evaluator is not asked then. Where it fails or takes too long, the gate's promotion
         raises `EvaluatorError`, and a person's takes effect all the same: the version begins with no evidence. The
         champion, its policy, the comparisons and the events change in one transaction. Who wanted it, and since which
         promotion nobody else may have: see `Store.promote`.
         """
+        if carries is not None and not carries >= 0.0:
+            raise ValueError(f"carries must be a sampling rate of at least 0, not {carries}")
         settings = self._settings[task]
-        weighed, seed = self._weighed_seed(task, version, seed, must=how == "gate")
+        if carries is not None:
+            inherits = self._heritage(self._store.policy_row(task), self._store.policy_row(task, version)) is not None
+            carries = carries if inherits else None
+        weighed = Seed(0, (), ())
+        begun: Sequence[ComparisonRecord] = ()
+        if carries is None:  # what is carried needs no evaluator
+            weighed, begun = self._weighed_seed(task, version, seed, must=how == "gate")
 
         def change(before: TaskState, own: TaskState) -> StateChange:
             phase = Phase(before.phase)
-            if Trust.is_evidence(own.trust, settings):
-                trust = Trust.loads(own.trust, settings)
-                records: Sequence[ComparisonRecord] = ()
+            records: Sequence[ComparisonRecord]
+            due = None
+            if carries is not None:
+                trust = self._heritage(before, own)
+                if trust is None:
+                    raise Stale
+                records = ()
+                events = trust.succeed(carries=carries)
+                due = before.training_due  # a refit is not the training that was asked for
+            elif Trust.is_evidence(own.trust, settings):
+                trust, records = Trust.loads(own.trust, settings), ()
                 events = trust.resumed(before=phase)
             else:
-                trust, records = Trust.fresh(settings), seed
+                trust, records = Trust.fresh(settings), begun
                 events = trust.begin(weighed, self._draw, attempts=attempts, before=phase)
             promoted, *others = events
             promoted = Event(EventKind.PROMOTED, {**promoted.evidence, "reason": reason})
-            return self._changed(replace(own, training_due=None), trust, [promoted, *others], records)
+            return self._changed(replace(own, training_due=due), trust, [promoted, *others], records)
 
-        with self._locks[task]:
-            self._known.clear()
-            return self._store.promote(task, version, change, reason, how=how, by=by, since=since)
+        try:
+            with self._locks[task]:
+                self._known.clear()
+                return self._store.promote(task, version, change, reason, how=how, by=by, since=since)
+        except Stale:  # an alarm came in between: the version begins with its held-out comparisons
+            return self.promote(task, version, seed, attempts=attempts, reason=reason, how=how, by=by, since=since)
+
+    def _heritage(self, before: TaskState, own: TaskState) -> Trust | None:
+        """A copy of the champion's trust for its successor; None where that has its own, or may not go on from it."""
+        settings = self._settings[before.task]
+        if Trust.is_evidence(own.trust, settings) or not Trust.is_evidence(before.trust, settings):
+            return None
+        trust = Trust.loads(before.trust, settings)
+        trust.training_due = before.training_due is not None
+        return trust if trust.heritable else None
 
     def _weighed_seed(
         self, task: str, version: str, seed: Sequence[ComparisonRecord], *, must: bool

@@ -403,3 +403,88 @@ def test_a_spot_check_that_brings_no_answer_speaks_for_nobody(bench: Bench) -> N
     figures = at.client.parts.judge.figures("mood")
     assert figures.unverified == 3
     assert figures.accepted_agreement is None
+
+
+def _lineage(folder: Path, **task: Any) -> tuple[Settings, Store, Judge]:
+    """A store with a serving mood-v1, rate well below 1, and mood-v2 waiting."""
+    configured = settings(folder, FakeVendor("anthropic", truth), tasks=[{**evaluated_by(moody), **task}])
+    store = Store.open(configured.store_url)
+    store.ensure_tasks(["mood"])
+    judge = Judge(configured, store, time.time, random.Random(1))
+    for name in ("mood-v1", "mood-v2"):
+        store.add_version(VersionRecord(name, "mood", "candidate", "", "fake", 1, 120, "d", None, ""))
+    judge.promote("mood", "mood-v1", Workbench.seed("mood-v1", 120), reason="test")
+    for n in range(60):
+        state = store.policy_row("mood")
+        assert state.phase == Phase.SERVE
+        compare(
+            judge, configured, n, served=True, probability=state.sampling_rate, sampling_rate=state.sampling_rate,
+            local=answer(LABELS[n % 3]), remote={"label": LABELS[n % 3]},
+        )  # fmt: skip
+    return configured, store, judge
+
+
+def test_a_refit_serves_on_and_asks_no_evaluator(tmp_path: Path) -> None:
+    """Policy row, trust and event are there in one step; each version keeps its own, and a rollback finds its own."""
+    _, store, judge = _lineage(tmp_path)
+    with store:
+        before = store.policy_row("mood")
+        assert before.sampling_rate < 0.2
+        recorded = len(store.comparisons("mood"))
+        holding.clear()  # the evaluator would raise
+        seed = Workbench.seed("mood-v2", 120, 0.5)
+        after = judge.promote("mood", "mood-v2", seed, carries=0.2, reason="refit")
+        assert (after.champion, after.phase, after.threshold) == ("mood-v2", before.phase, before.threshold)
+        assert after.sampling_rate == 0.2
+        assert judge.figures("mood").since_served == judge.figures("mood", "mood-v1").since_served
+        assert store.policy_row("mood", "mood-v1").sampling_rate == before.sampling_rate
+        assert len(store.comparisons("mood")) == recorded
+        newest = next(event for event in reversed(store.events()) if event.kind == "promoted")
+        assert newest.evidence["carried"] == judge.figures("mood").comparisons
+        assert newest.evidence["reason"] == "refit"
+        back = judge.promote("mood", "mood-v1", [], carries=0.0, reason="rolled back", how="rollback", by="ann")
+        assert (back.champion, back.sampling_rate) == ("mood-v1", 1.0)
+
+
+def test_a_refit_of_a_version_in_trouble_begins_with_its_own_evidence(tmp_path: Path) -> None:
+    """Under alarm nothing is carried: what the lineage had earned is what is in doubt."""
+    configured, store, judge = _lineage(tmp_path)
+    with store:
+        for n in range(40):
+            rate = store.policy_row("mood").sampling_rate
+            compare(judge, configured, 100 + n, served=True, probability=rate, sampling_rate=rate,
+                    local=answer("joy"), remote={"label": "fear"})  # fmt: skip
+        assert judge.figures("mood").comparisons == 220
+        after = judge.promote("mood", "mood-v2", Workbench.seed("mood-v2", 120), carries=0.1, reason="refit")
+        assert after.sampling_rate == 1.0
+        assert judge.figures("mood").comparisons == 120
+
+
+def test_an_alarm_while_a_refit_is_promoted_stops_the_carrying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was seen before the transaction is looked at again in it."""
+    configured, store, judge = _lineage(tmp_path)
+    with store:
+        promote = store.promote
+
+        def after_an_alarm(*args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(store, "promote", promote)
+            other = Judge(configured, store, time.time, random.Random(2))
+            for n in range(40):
+                compare(other, configured, 200 + n, served=True, probability=1.0, sampling_rate=1.0,
+                        local=answer("joy"), remote={"label": "fear"})  # fmt: skip
+            return promote(*args, **options)
+
+        monkeypatch.setattr(store, "promote", after_an_alarm)
+        judge.promote("mood", "mood-v2", Workbench.seed("mood-v2", 120), carries=0.1, reason="refit")
+        assert judge.figures("mood").comparisons == 120
+        assert store.policy_row("mood").champion == "mood-v2"
+
+
+@pytest.mark.parametrize("carries", [-1.0, float("nan")])
+def test_a_refit_cannot_ask_for_less_than_nothing(tmp_path: Path, carries: float) -> None:
+    """And then nothing is promoted."""
+    _, store, judge = _lineage(tmp_path)
+    with store:
+        with pytest.raises(ValueError, match="at least 0"):
+            judge.promote("mood", "mood-v2", [], carries=carries, reason="refit")
+        assert store.policy_row("mood").champion == "mood-v1"

@@ -19,6 +19,8 @@ Selection effects, and what is done about them:
   m fixed at certification. It is unbiased however the rate p > 0 followed the scores before; the plain mean is not. It
   says nothing of answers that nobody could have checked (p = 0: the budget was used up or the remote was down) nor of
   those for which a check that brought no score would have spoken: they are not among the N but counted apart.
+- A lineage of refits carries its evidence on (``succeed``). That is sound for a learner that answered each comparison
+  before it learnt from it (test, then train): delta holds for the lineage, and no refit was chosen by its bets.
 - A version is certified by held-out comparisons that also decided whether it is promoted. delta holds per version:
   P(promoted and wrongly certified) <= P(wrongly certified) <= delta. Where several candidates were tried on the same
   held-out examples before one passed, ``promoted(..., attempts=n)`` lets that evidence certify with delta / n only.
@@ -318,6 +320,30 @@ class Trust:
         if move is not None:
             opened.append(_phase(move.before, move.after, Signal.PROMOTED, {"seed": seed.count}))
         return [*events, *opened, *certified]
+
+    @property
+    def heritable(self) -> bool:
+        """Whether a successor of the same lineage may go on from here: not while alarmed or coaching."""
+        return self.comparisons > 0 and not (self.alarmed or self.coaching)
+
+    def succeed(self, *, carries: float) -> list[Event]:
+        """A successor of the same lineage takes over: it goes on from all that its predecessors had earned.
+
+        What is certified is then a learner and not one set of weights: while each comparison was answered before it was
+        learnt from, every bet was made on an answer that the learner of that moment gave, and the wealth stays a test
+        supermartingale under "at every comparison the mean is at most 0", however the learner changed in between.
+        A successor that is worse is the guard's to find, so the sampling rate does not fall below ``carries``, which is
+        clipped to 1: what the caller knows of how different the successor is, 0 where it answers alike.
+
+        Raises `ValueError` where ``carries`` is negative or not a number, or where this trust is not `heritable`.
+        """
+        if not carries >= 0.0:
+            raise ValueError(f"carries must be a rate of at least 0, not {carries}")
+        if not self.heritable:
+            raise ValueError("trust under alarm or in coaching, or without a comparison, is not carried: begin anew")
+        self.rate = max(self.rate, min(1.0, carries))
+        evidence = {"carried": self.comparisons, "sampling_rate": round(self.policy_numbers.sampling_rate, 4)}
+        return [Event(EventKind.PROMOTED, evidence)]
 
     def resumed(self, *, before: Phase) -> list[Event]:
         """Champion again: it goes on from what it had earned itself, and is checked from a rate of 1 down."""
