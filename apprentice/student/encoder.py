@@ -70,8 +70,8 @@ class Encoder:
 
     @property
     def dimensions(self) -> int:
-        """The length of an embedding."""
-        return int(self.encode([""]).shape[1])
+        """The length of an embedding. Raises as `encode` does."""
+        return self.encode([]).shape[1]
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The embeddings of texts, float32 [texts, dimensions], each of length 1.
@@ -85,22 +85,15 @@ class Encoder:
         cut = [text[:longest] for text in texts]
         # Like lengths together: a batch is padded to its longest.
         order = sorted(range(len(cut)), key=lambda at: len(cut[at]))
-        rows: dict[int, NDArray[np.float32]] = {}
-        for start in range(0, max(len(cut), 1), _BATCH):
-            batch = order[start : start + _BATCH] or [None]
+        found = np.zeros((len(cut), model.get_sentence_embedding_dimension()), np.float32)
+        for start in range(0, len(cut), _BATCH):
+            batch = order[start : start + _BATCH]
             # A tokenizer must not be used from two threads at once, and a long list must not keep others waiting.
             with self._lock:
-                encoded = model.encode(
-                    [cut[at] if at is not None else "" for at in batch],
-                    batch_size=_BATCH,
-                    normalize_embeddings=True,
-                    show_progress_bar=False,
+                found[batch] = model.encode(
+                    [cut[at] for at in batch], batch_size=_BATCH, normalize_embeddings=True, show_progress_bar=False
                 )
-            encoded = np.asarray(encoded, np.float32)
-            if not texts:
-                return encoded[:0]
-            rows |= dict(zip((at for at in batch if at is not None), encoded, strict=True))
-        return np.stack([rows[at] for at in range(len(cut))])
+        return found
 
     @cached_property
     def _model(self) -> Any:
@@ -169,4 +162,6 @@ def encoder_place(name: str, root: Path | None = None) -> str:
 
 def _no_encoder(name: str, why: str) -> ConfigError:
     remedy = f"Give a folder, or a name that sentence-transformers can load, such as {DEFAULT}."
-    return ConfigError("local.encoder", [Problem("local.encoder", f"{name!r} names no sentence encoder. {why}", remedy)])
+    return ConfigError(
+        "local.encoder", [Problem("local.encoder", f"{name!r} names no sentence encoder. {why}", remedy)]
+    )

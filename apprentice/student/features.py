@@ -3,7 +3,7 @@
 `Plan.of` decides it from inputs, once; the plan is stored with the head. Whatever an input holds beyond what the plan
 knows is part of its text at most, and what it lacks counts as nothing.
 
-- Two long texts that are put side by side (a question and its answer, two offers): the embeddings of both, and how
+- Two texts that are put side by side (a question and its answer, two offers): the embeddings of both, and how
   alike they are word by word, by their numbers and by letters. If the two are of like length, as two descriptions of
   one kind are, also how the embeddings differ (|a - b| and a * b).
 - Else the whole input as one text.
@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ __all__ = ["Plan", "whole_text"]
 
 type Floats = NDArray[np.float64]
 
-_LONG = 12
+_LONG = 4
 """Characters that a field's texts have on average to be read by themselves."""
 _FEW = 20
 """Values of a field that are one feature each."""
@@ -129,9 +129,7 @@ class Plan:
         return found
 
     def _kinds(self, inputs: Sequence[Mapping[str, Any]]) -> Floats:
-        columns = {
-            key: at for at, key in enumerate((name, text) for name, texts in self.kinds for text in texts)
-        }
+        columns = {key: at for at, key in enumerate((name, text) for name, texts in self.kinds for text in texts)}
         found = np.zeros((len(inputs), len(columns)))
         for row, value in enumerate(inputs):
             for name, _ in self.kinds:
@@ -219,5 +217,5 @@ def _text(value: Any) -> str:
     return compact_prompt(value) if isinstance(value, Mapping) else compact_json(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

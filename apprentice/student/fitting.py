@@ -1,7 +1,7 @@
 """Fitting a head: regularised linear discriminant analysis, with exact leave-one-out in closed form.
 
 Each class is a Gaussian around its mean; all share a covariance, the scatter W within classes plus a ridge r I
-(Friedman 1989). With Q = W + r I, class c gets the logit t (m_c' Q^-1 x - m_c' Q^-1 m_c / 2) + log prior_c: linear in x.
+(Friedman 1989). With Q = W + r I, class c gets the logit t (m_c' Q^-1 x - m_c' Q^-1 m_c / 2) + log prior_c.
 Means are shrunk to the overall one as if one more example lay there, so a class seen once is not believed at its word.
 On embeddings this learns as fast as logistic regression where classes are few, and much faster where they are many.
 
@@ -33,12 +33,16 @@ type Embeddings = Mapping[str, NDArray[Any]] | NDArray[Any]
 
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Times the mean eigenvalue of W."""
-_TEMPERATURES = np.exp(np.linspace(math.log(0.02), math.log(200.0), 24))
-"""Over the mean size of the logits."""
+_TEMPERATURES = np.exp(np.linspace(math.log(0.005), math.log(20.0), 24))
+"""Times the examples' total weight, by which W is more than a covariance."""
 _TOWARDS_MEAN = 1.0
 """Examples that each class is taken to have at the overall mean."""
 _PRIOR = 0.5
 """Examples that each class is taken to have for how frequent it is (Jeffreys)."""
+_LEAST_WITHIN = 0.1
+"""Of all scatter, what is taken for that within classes at least."""
+_TEMPERED = 2.0
+"""How strongly the temperature is held to where the Gaussians are believed, in nats for each square of its logarithm."""
 _KNOWN = 2000
 """Inputs that a head remembers."""
 _LEAST = 1e-12
@@ -143,7 +147,9 @@ def _checked(
 def _encodings(encoder: Encoder, inputs: Sequence[Mapping[str, Any]], given: Embeddings | None) -> Encodings:
     if isinstance(given, np.ndarray):
         if given.ndim != 2 or len(given) != len(inputs):
-            raise ValueError(f"embeddings are {given.shape}; [{len(inputs)}, dimensions] is meant, or a mapping by text")
+            raise ValueError(
+                f"embeddings are {given.shape}; [{len(inputs)}, dimensions] is meant, or a mapping by text"
+            )
         given = dict(zip(map(whole_text, inputs), given, strict=True))
     return Encodings(encoder, given)
 
@@ -179,9 +185,7 @@ def _fit(
     if not held_back:
         return Fitted(head, [])
     far = _distances_to_others(place, kept, known)
-    answers = [
-        HeadAnswer({name: p[at] for name, p in left_out.items()}, float(far[at])) for at in range(len(firsts))
-    ]
+    answers = [HeadAnswer({name: p[at] for name, p in left_out.items()}, float(far[at])) for at in range(len(firsts))]
     return Fitted(head, [answers[at] for at in group])
 
 
@@ -253,8 +257,10 @@ class _Analysis:
         else:
             found, self.basis = np.linalg.eigh(within.T @ within)
             self.eigenvalues = np.maximum(found, 0.0)
+        # Of values seen once each W knows nothing; then the scatter around the overall mean has to do.
+        around = float(np.einsum("n,nd->", self.row, self.x * self.x))
+        self.spread = max(float(self.eigenvalues.sum()), _LEAST_WITHIN * around, _LEAST) / x.shape[1]
         # Inner products in Q^-1 of rows and sums, as a part in the span and one outside it that the ridge alone scales.
-        self.spread = max(float(self.eigenvalues.sum()) / x.shape[1], 1e-6)
         self.inside = self.x @ self.basis
         self.sums_inside = self.sums @ self.basis
         self.is_whole = self.basis.shape[1] == x.shape[1]
@@ -288,7 +294,7 @@ class _Analysis:
         along = p * r_z[:, None] - q * r_sums
         off += (taken / np.maximum(1.0 - taken * r_r, _LEAST))[:, None] * along * along
         for row in self.mixed:
-            off[row] = self._mixed(row, z[row], sums, means, p[row], q[row])
+            off[row] = self._mixed(int(row), z[row], sums, means, p[row], q[row])
         priors = np.log((self.by_value - own + _PRIOR) / (rest + _PRIOR * own.shape[1])[:, None])
         return -0.5 * off, priors
 
@@ -324,27 +330,27 @@ class _Analysis:
 
 
 def _temperature(logits: Floats, priors: Floats, mass: Floats) -> tuple[float, float]:
-    """The least mean log-loss of softmax(t logits + priors), and its t."""
-    logits = logits - logits.max(axis=1, keepdims=True)
-    size = max(float(np.abs(logits).mean()), _LEAST)
+    """The least penalised mean log-loss of softmax(t logits + priors), and its t."""
     rows, values = np.nonzero(mass)
     weight = mass[rows, values]
+    total = float(weight.sum())
+    logits = logits - logits.max(axis=1, keepdims=True)
 
-    def loss(t: float) -> float:
-        z = t * logits + priors
+    def loss(log_t: float) -> float:
+        z = (total * math.exp(log_t)) * logits + priors
         z -= z.max(axis=1, keepdims=True)
         norm = np.log(np.exp(z).sum(axis=1))
-        return float((weight * (norm[rows] - z[rows, values])).sum() / weight.sum())
+        return (float((weight * (norm[rows] - z[rows, values])).sum()) + _TEMPERED * log_t**2) / total
 
-    losses = [loss(t / size) for t in _TEMPERATURES]
-    at = int(np.argmin(losses))
-    low, high = (math.log(_TEMPERATURES[min(max(at + step, 0), len(losses) - 1)]) for step in (-1, 1))
+    places = np.log(_TEMPERATURES)
+    at = int(np.argmin([loss(place) for place in places]))
+    low, high = float(places[max(at - 1, 0)]), float(places[min(at + 1, len(places) - 1)])
     golden = (math.sqrt(5.0) - 1.0) / 2.0
     for _ in range(10):
         left, right = high - golden * (high - low), low + golden * (high - low)
-        if loss(math.exp(left) / size) < loss(math.exp(right) / size):
+        if loss(left) < loss(right):
             high = right
         else:
             low = left
-    t = math.exp((low + high) / 2.0) / size
-    return loss(t), t
+    log_t = (low + high) / 2.0
+    return loss(log_t), total * math.exp(log_t)

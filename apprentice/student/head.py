@@ -152,7 +152,7 @@ class Head:
         if encoder.fingerprint != fingerprint:
             raise VersionError(
                 f"{path} was fitted on an encoder {name!r} with the fingerprint {fingerprint}, and the one here has "
-                f"{encoder.fingerprint}: its embeddings mean something else; install the same one, or fit the head again"
+                f"{encoder.fingerprint}: other weights mean other embeddings; install the same, or fit the head again"
             )
         return cls(fields, encoder, plan, layers, known)
 
