@@ -71,7 +71,7 @@ class Encoder:
     @property
     def dimensions(self) -> int:
         """The length of an embedding. Raises as `encode` does."""
-        return self.encode([]).shape[1]
+        return int(self.encode([]).shape[1])
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The embeddings of texts, float32 [texts, dimensions], each of length 1.
@@ -85,15 +85,27 @@ class Encoder:
         cut = [text[:longest] for text in texts]
         # Like lengths together: a batch is padded to its longest.
         order = sorted(range(len(cut)), key=lambda at: len(cut[at]))
-        found = np.zeros((len(cut), model.get_sentence_embedding_dimension()), np.float32)
-        for start in range(0, len(cut), _BATCH):
+        encoded: list[NDArray[np.float32]] = []
+        rows: list[int] = []
+        for start in range(0, max(len(cut), 1), _BATCH):
             batch = order[start : start + _BATCH]
             # A tokenizer must not be used from two threads at once, and a long list must not keep others waiting.
             with self._lock:
-                found[batch] = model.encode(
-                    [cut[at] for at in batch], batch_size=_BATCH, normalize_embeddings=True, show_progress_bar=False
-                )
-        return found
+                encoded += [
+                    model.encode(
+                        [cut[at] for at in batch] or [""],
+                        batch_size=_BATCH,
+                        normalize_embeddings=True,
+                        show_progress_bar=False,
+                    )
+                ]
+            rows += batch
+        found = np.concatenate(encoded).astype(np.float32)
+        if not rows:
+            return found[:0]
+        placed = np.empty_like(found)
+        placed[rows] = found
+        return placed
 
     @cached_property
     def _model(self) -> Any:
@@ -105,10 +117,19 @@ class Encoder:
                 from sentence_transformers import SentenceTransformer
             except ImportError:
                 raise MissingExtra(f"local.encoder {self.name!r}", "head") from None
+            import transformers
+
+            logging: Any = transformers.utils.logging
+            # No progress bar on the terminal of whoever asked for one answer.
+            was_on = logging.is_progress_bar_enabled()
+            logging.disable_progress_bar()
             try:
                 model = SentenceTransformer(str(self._folder()), device="cpu")
             except (OSError, ValueError, KeyError) as error:
                 raise _no_encoder(self.name, f"It cannot be loaded ({error}).") from None
+            finally:
+                if was_on:
+                    logging.enable_progress_bar()
             self.__dict__["_model"] = model.eval()
             return self.__dict__["_model"]
 

@@ -31,8 +31,10 @@ __all__ = ["Encodings", "Fitted", "fit_head", "progressive"]
 type Floats = NDArray[np.float64]
 type Embeddings = Mapping[str, NDArray[Any]] | NDArray[Any]
 
-_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-"""Times the mean eigenvalue of W."""
+_RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+"""Times the mean eigenvalue of W. """
+_SMALLER = 1.0
+"""Nats that each smaller one costs: with a handful of rows one of them is best by chance."""
 _TEMPERATURES = np.exp(np.linspace(math.log(0.005), math.log(20.0), 24))
 """Times the examples' total weight, by which W is more than a covariance."""
 _TOWARDS_MEAN = 1.0
@@ -42,7 +44,7 @@ _PRIOR = 0.5
 _LEAST_WITHIN = 0.1
 """Of all scatter, what is taken for that within classes at least."""
 _TEMPERED = 2.0
-"""How strongly the temperature is held to where the Gaussians are believed, in nats for each square of its logarithm."""
+"""Nats for each square of its logarithm that the temperature costs: it is held to where the Gaussians are believed."""
 _KNOWN = 2000
 """Inputs that a head remembers."""
 _LEAST = 1e-12
@@ -218,10 +220,11 @@ def _fit_field(x: Floats, mass: Floats) -> tuple[Layer, Floats]:
         return layer, left
     analysis = _Analysis(x[taught], mass[taught])
     best = None
-    for ridge in analysis.ridges():
+    for at, ridge in enumerate(analysis.ridges()):
         logits, priors = analysis.left_out(ridge)
         loss, temperature = _temperature(logits, priors, mass[taught])
-        if best is None or loss < best[0] - 1e-9:
+        loss += _SMALLER * at / analysis.total
+        if best is None or loss < best[0]:
             best = loss, ridge, temperature, logits, priors
     assert best is not None
     _, ridge, temperature, logits, priors = best
