@@ -19,11 +19,22 @@ __all__ = ["build_engine"]
 def build_engine(
     settings: LocalSettings, root: Path, *, leases: HoldStore | None = None, budget: Budget | None = None
 ) -> Engine:
-    """The engine that ``local.backend`` names; relative paths start at ``root``. What it needs is imported here.
+    """The engine that serves students, around the one that ``local.backend`` names; relative paths start at ``root``.
 
-    ``leases``: the store in which processes agree on what they use on a server that they share; None: nobody shares it.
-    ``budget`` pays for an engine whose answers cost money: without one there is none.
+    The latter is made, and what it needs imported, when the first adapter is loaded. ``leases``: the store in which
+    processes agree on what they use on a server that they share; None: nobody shares it. ``budget`` pays for an engine
+    whose answers cost money. Raises `ConfigError` where that is missing.
     """
+    if settings.backend == "hosted" and budget is None:
+        problem = Problem("local.backend", "is hosted, whose answers cost money, and no budget is given.")
+        raise ConfigError("local.backend", [problem])
+    from apprentice.student.engine import StudentEngine, load_head  # which stands on this package
+
+    return StudentEngine(lambda: _adapters(settings, root, leases, budget), lambda folder: load_head(folder, root))
+
+
+def _adapters(settings: LocalSettings, root: Path, leases: HoldStore | None, budget: Budget | None) -> Engine:
+    """The engine that runs adapters."""
     shared = SharedLeases(leases, _owner()) if leases is not None else None
     match settings.backend:
         case "embedded":
@@ -59,9 +70,7 @@ def build_engine(
         case "hosted":
             from apprentice.local.hosted import HostedEngine
 
-            if budget is None:
-                problem = Problem("local.backend", "is hosted, whose answers cost money, and no budget is given.")
-                raise ConfigError("local.backend", [problem])
+            assert budget is not None
             url = settings.url or "https://api.openai.com/v1"
             key = settings.api_key_env
             return HostedEngine(budget, url=url, key_env=key, max_new_tokens=settings.max_new_tokens)

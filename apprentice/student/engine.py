@@ -13,6 +13,7 @@ an answer from it. Bulk work (`answer_many`: validation, probes) is told of the 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from apprentice.student.files import OWN, Student, adapter_of, check_student, he
 if TYPE_CHECKING:
     from apprentice.student.combiner import Combined, Combiner, HeadAnswer
 
-__all__ = ["Head", "StudentEngine"]
+__all__ = ["Head", "StudentEngine", "load_head"]
 
 _log = secrets.logger(__name__)
 _RETRY_S = 5.0
@@ -49,6 +50,16 @@ class Head(Protocol):
 
     def predict(self, inputs: Sequence[Mapping[str, Any]]) -> Sequence[HeadAnswer]:
         """What it says of each input."""
+
+
+def load_head(folder: Path, root: Path) -> Head:
+    """The head in a student's folder; an encoder with a relative path is looked for at ``root``.
+
+    Raises `VersionError` where a file is damaged or the encoder is another, `MissingExtra` where no encoder can run.
+    """
+    kind: Any = importlib.import_module("apprentice.student.head").Head  # NumPy comes with it, so not before it is used
+    head: Head = kind.load(folder, root)
+    return head
 
 
 @dataclass(eq=False)
