@@ -3,15 +3,16 @@
 `Plan.of` decides it from inputs, once; the plan is stored with the head. Whatever an input holds beyond what the plan
 knows is part of its text at most, and what it lacks counts as nothing.
 
-- Two texts that are put side by side (a question and its answer, two offers): the embeddings of both, and how
-  alike they are word by word, by their numbers and by letters. If the two are of like length, as two descriptions of
-  one kind are, also how the embeddings differ (|a - b| and a * b).
+- Two texts that are put side by side (a question and its answer, two offers): the embeddings of both, and how alike
+  they are word by word, by their numbers and by letters; of two objects, field by field too. If the two are of like
+  length, as two descriptions of one kind are, how the embeddings differ (|a - b| and a * b) and not what they are.
 - Else the whole input as one text.
 - Numbers, and texts of few values, booleans too, are features by themselves as well.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -41,6 +42,9 @@ _SCALE = 0.3
 _MOST = 4.0
 """Standard deviations beyond which a number is no further out."""
 _READ = 2000
+_NAME = 4
+_MOST_NAMES = 16
+_MOST_PARTS = 4
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -50,12 +54,13 @@ class Plan:
     """Which features an input has.
 
     ``sides`` are two fields that are read by themselves, or none; ``compared`` says that their embeddings are
-    compared. ``numbers`` are fields with the mean and the standard deviation of what was seen, ``kinds`` fields with
-    the JSON text of each of their values.
+    compared. ``parts`` are fields that both sides, being objects, have. ``numbers`` are fields with the mean and the
+    standard deviation of what was seen, ``kinds`` fields with the JSON text of each of their values.
     """
 
     sides: tuple[str, ...] = ()
     compared: bool = False
+    parts: tuple[str, ...] = ()
     numbers: tuple[tuple[str, float, float], ...] = ()
     kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -84,9 +89,10 @@ class Plan:
             elif length >= _LONG and not all(map(_is_number, values)):
                 lengths[name] = length
         if len(lengths) != 2:
-            return cls((), False, tuple(numbers), tuple(kinds))
+            return cls((), False, (), tuple(numbers), tuple(kinds))
         shorter, longer = sorted(lengths.values())
-        return cls(tuple(lengths), longer <= _ALIKE_LENGTHS * shorter, tuple(numbers), tuple(kinds))
+        compared = longer <= _ALIKE_LENGTHS * shorter
+        return cls(tuple(lengths), compared, _parts(inputs, tuple(lengths)), tuple(numbers), tuple(kinds))
 
     def texts(self, value: Mapping[str, Any]) -> list[str]:
         """The texts of an input that are to be encoded, as many for each; "" for one that is not there."""
@@ -114,10 +120,16 @@ class Plan:
             if self.compared:
                 # The mean |a - b| of two unit vectors grows as an embedding's component, their product with its square.
                 blocks = [np.abs(a - b), math.sqrt(a.shape[1]) * a * b]
-            blocks.append(_SCALE * np.array([alike(*pair) for pair in texts]).reshape(len(inputs), -1))
+            pairs = [[(one[0], one[1]), *self._part_texts(value)] for one, value in zip(texts, inputs, strict=True)]
+            likeness = [[number for pair in one for number in alike(*pair)] for one in pairs]
+            blocks.append(_SCALE * np.array(likeness).reshape(len(inputs), -1))
         blocks += [self._numbers(inputs), self._kinds(inputs)]
         norms = np.linalg.norm(place, axis=1, keepdims=True)
         return np.hstack(blocks), place / np.where(norms > 0.0, norms, 1.0)
+
+    def _part_texts(self, value: Mapping[str, Any]) -> list[tuple[str, str]]:
+        a, b = (value.get(name) for name in self.sides)
+        return [(_text(_part(a, part)), _text(_part(b, part))) for part in self.parts]
 
     def _numbers(self, inputs: Sequence[Mapping[str, Any]]) -> Floats:
         found = np.zeros((len(inputs), len(self.numbers)))
@@ -143,6 +155,7 @@ class Plan:
         return {
             "sides": list(self.sides),
             "compared": self.compared,
+            "parts": list(self.parts),
             "numbers": [list(one) for one in self.numbers],
             "kinds": [[name, list(texts)] for name, texts in self.kinds],
         }
@@ -155,7 +168,21 @@ class Plan:
         if len(sides) not in (0, 2) or any(not spread > 0.0 for _, _, spread in numbers):
             raise ValueError("the features are not what a plan has")
         kinds = tuple((str(name), tuple(map(str, texts))) for name, texts in stored["kinds"])
-        return cls(sides, bool(stored["compared"]), numbers, kinds)
+        return cls(sides, bool(stored["compared"]), tuple(map(str, stored["parts"])), numbers, kinds)
+
+
+def _parts(inputs: Sequence[Mapping[str, Any]], sides: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields that both sides have in half of the inputs or more, in the order of the first."""
+    both: Counter[str] = Counter()
+    for value in inputs:
+        a, b = (value.get(name) for name in sides)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            both.update(name for name in a if b.get(name) is not None and a[name] is not None)
+    return tuple(name for name, count in both.items() if 2 * count >= len(inputs))[:_MOST_PARTS]
+
+
+def _part(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
 
 
 def whole_text(value: Mapping[str, Any]) -> str:
@@ -164,29 +191,53 @@ def whole_text(value: Mapping[str, Any]) -> str:
 
 
 def alike(a: str, b: str) -> list[float]:
-    """How alike two texts are, each in [0, 1].
+    """How alike two texts are, each number in [0, 1].
 
-    By words: the Jaccard index, and the share of the shorter one's that the other has too; the same of what holds a
-    digit (a model's number, a size); the cosine of the counts of three letters in a row; the ratio of the lengths; and
-    whether both have something with a digit.
+    By words: the Jaccard index, the same with words counted by their length, and the share of the shorter one's that
+    the other has too. By what holds a digit (a model's number, a size): Jaccard and share. By the cosine of the counts
+    of three letters in a row, and the ratio of the lengths. By names, four letters and digits or more that mix both:
+    how alike the most alike two are from their beginning, whether one's is found in the other text however it is
+    spaced there, whether both have names and none is, and whether both have any.
     """
     a, b = a[:_READ].casefold(), b[:_READ].casefold()
     ours, theirs = set(_WORD.findall(a)), set(_WORD.findall(b))
     our_codes, their_codes = _codes(a, ours), _codes(b, theirs)
-    lengths = sorted((len(a), len(b)))
+    our_names, their_names = _names(ours), _names(theirs)
+    ours_run_on, theirs_run_on = ("".join(_WORD.findall(text)) for text in (a, b))
+    found = any(name in theirs_run_on for name in our_names) or any(name in ours_run_on for name in their_names)
+    both = bool(our_names) and bool(their_names)
+    shorter, longer = sorted((len(a), len(b)))
     return [
         _jaccard(ours, theirs),
+        _by_length(ours & theirs) / max(_by_length(ours | theirs), 1),
         _covered(ours, theirs),
         _jaccard(our_codes, their_codes),
         _covered(our_codes, their_codes),
         _cosine(_trigrams(a), _trigrams(b)),
-        lengths[0] / lengths[1] if lengths[1] else 1.0,
-        float(bool(our_codes) and bool(their_codes)),
+        shorter / longer if longer else 1.0,
+        max((_begins_alike(one, other) for one in our_names for other in their_names), default=0.0),
+        float(found),
+        float(both and not found),
+        float(both),
     ]
 
 
 def _codes(text: str, words: set[str]) -> set[str]:
     return {word for word in words if any(map(str.isdigit, word))} | set(_NUMBER.findall(text))
+
+
+def _names(words: set[str]) -> list[str]:
+    mixed = [w for w in words if len(w) >= _NAME and any(map(str.isdigit, w)) and any(map(str.isalpha, w))]
+    return sorted(mixed)[:_MOST_NAMES]
+
+
+def _begins_alike(a: str, b: str) -> float:
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    return same / max(len(a), len(b))
+
+
+def _by_length(words: set[str]) -> int:
+    return sum(map(len, words))
 
 
 def _jaccard(a: set[str], b: set[str]) -> float:

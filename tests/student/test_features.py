@@ -15,6 +15,20 @@ import numpy as np
 
 from apprentice.student.features import Plan, alike
 
+NAMES = [
+    "jaccard",
+    "by_length",
+    "covered",
+    "codes",
+    "codes_covered",
+    "trigrams",
+    "length",
+    "begins",
+    "found",
+    "conflict",
+    "both",
+]
+
 
 def encode(texts: Sequence[str]) -> Any:
     """A unit vector for each text, by its hash."""
@@ -82,10 +96,35 @@ def test_a_plan_is_read_as_it_was_written() -> None:
 
 def test_how_alike_two_texts_are() -> None:
     """Equal texts are wholly alike, and the same model number counts where the words differ. All lie in [0, 1]."""
-    assert alike("Camera X100", "camera x100") == [1.0] * 4 + [pytest.approx(1.0)] + [1.0, 1.0]
-    assert alike("", "x") == [0.0] * 7
-    words, _, codes, *_ = alike("sony camera dsc-w120 silver", "cyber-shot 7.2mp w120")
-    assert words < 0.5
-    assert codes > 0.0
-    for pair in (("a b c", "d"), ("ünïcödé 中文 12", "中文"), ("", "x"), ("1,000.5", "1,000.5 kg")):
+    assert alike("Camera X100", "camera x100") == pytest.approx([1.0] * 9 + [0.0, 1.0])
+    assert alike("", "x") == [0.0] * 11
+    same = dict(zip(NAMES, alike("sony camera dscw120 silver", "cyber-shot 7.2mp DSC-W120"), strict=True))
+    assert same["jaccard"] < 0.2
+    assert same["found"] == 1.0
+    other = dict(zip(NAMES, alike("sony camera dscw120 silver", "sony camera dscw130 silver"), strict=True))
+    assert other["jaccard"] > 0.5
+    assert other["conflict"] == 1.0
+    assert other["begins"] == pytest.approx(5 / 7)
+    for pair in (
+        ("a b c", "d"),
+        ("ünïcödé 中文 12", "中文"),
+        ("", ""),
+        ("1,000.5", "1,000.5 kg"),
+        ("a1b2 " * 999, "a1b2"),
+    ):
         assert all(0.0 <= one <= 1.0 + 1e-9 for one in alike(*pair))
+
+
+def test_two_objects_are_compared_field_by_field() -> None:
+    """By those that both have; one that is missing, or an object that is none, compares as nothing."""
+    inputs = [
+        {"left": {"title": f"camera x{n}00", "price": "5"}, "right": {"title": f"x{n}00 camera", "size": "2"}}
+        for n in range(30)
+    ]
+    plan = Plan.of(inputs)
+    assert plan.parts == ("title",)
+    x, _ = plan.vectors(inputs, encode)
+    odd, _ = plan.vectors([{"left": {"title": "camera"}, "right": "camera"}, {"left": {"title": "camera"}}], encode)
+    assert x.shape[1] == odd.shape[1] == 16 + 2 * len(NAMES)
+    assert (x[:, 16 + len(NAMES)] > 0.2).all()
+    assert not odd[:, -len(NAMES) :].any()
