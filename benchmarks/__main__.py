@@ -22,6 +22,7 @@ def main() -> int:
     if data is not None:
         engines = ["benchmarks.engines", "--data", str(data / "isear.jsonl")]
         benchmarks.append(("the baseline to beat", ["benchmarks.baseline", "--data", str(data), "--orders", "0"]))
+        benchmarks.append(("the head beside logistic regression", ["benchmarks.head", "--data", str(data)]))
         benchmarks.append(("the engines against generate and llama.cpp", engines))
     failed = 0
     # Each in a process of its own, so that what one imports or leaves in memory is not measured by the next.

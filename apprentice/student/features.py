@@ -5,7 +5,8 @@ knows is part of its text at most, and what it lacks counts as nothing.
 
 - Two texts that are put side by side (a question and its answer, two offers): the embeddings of both, and how alike
   they are word by word, by their numbers and by letters; of two objects, field by field too. If the two are of like
-  length, as two descriptions of one kind are, how the embeddings differ (|a - b| and a * b) and not what they are.
+  length, as two descriptions of one kind are, how the embeddings differ (|a - b| and a * b) and not what they are, and
+  products of two likenesses.
 - Else the whole input as one text.
 - Numbers, and texts of few values, booleans too, are features by themselves as well.
 """
@@ -121,8 +122,11 @@ class Plan:
                 # The mean |a - b| of two unit vectors grows as an embedding's component, their product with its square.
                 blocks = [np.abs(a - b), math.sqrt(a.shape[1]) * a * b]
             pairs = [[(one[0], one[1]), *self._part_texts(value)] for one, value in zip(texts, inputs, strict=True)]
-            likeness = [[number for pair in one for number in alike(*pair)] for one in pairs]
-            blocks.append(_SCALE * np.array(likeness).reshape(len(inputs), -1))
+            found = np.array([[number for pair in one for number in alike(*pair)] for one in pairs])
+            likeness = found.reshape(len(inputs), -1)
+            # Of two of one kind, what one likeness is worth depends on another: both are the same brand, and a number
+            # differs. Elsewhere likeness is a hint among others.
+            blocks += [likeness, _products(likeness)] if self.compared else [_SCALE * likeness]
         blocks += [self._numbers(inputs), self._kinds(inputs)]
         norms = np.linalg.norm(place, axis=1, keepdims=True)
         return np.hstack(blocks), place / np.where(norms > 0.0, norms, 1.0)
@@ -169,6 +173,11 @@ class Plan:
             raise ValueError("the features are not what a plan has")
         kinds = tuple((str(name), tuple(map(str, texts))) for name, texts in stored["kinds"])
         return cls(sides, bool(stored["compared"]), tuple(map(str, stored["parts"])), numbers, kinds)
+
+
+def _products(x: Floats) -> Floats:
+    """Each column times each one from it on."""
+    return np.hstack([x[:, at : at + 1] * x[:, at:] for at in range(x.shape[1])])
 
 
 def _parts(inputs: Sequence[Mapping[str, Any]], sides: tuple[str, ...]) -> tuple[str, ...]:

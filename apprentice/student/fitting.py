@@ -125,7 +125,7 @@ def progressive(
     while start < len(inputs):
         end = min(max(math.ceil(start * growth), start + 1), len(inputs))
         head = _fit(fields, inputs[:start], outputs[:start], encoder, encodings, None, 0, held_back=False).head
-        answers += head.predict_vectors(*head._plan.vectors(inputs[start:end], encodings.encode))
+        answers += head.predict_vectors(*head.plan.vectors(inputs[start:end], encodings.encode))
         start = end
     return answers
 

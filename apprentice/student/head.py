@@ -55,7 +55,7 @@ class Layer:
 class Head:
     """A fitted head. ``fields``: every finite output field with its values. Safe to use from many threads.
 
-    ``known`` is the sample of inputs that it was fitted on, where they lie among texts: float16 [inputs, place].
+    ``plan`` is what it sees of an input. ``known`` is the sample of inputs that it was fitted on, where they lie among texts: float16 [inputs, place].
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Head:
     ) -> None:
         self.fields = dict(fields)
         self._encoder = encoder
-        self._plan = plan
+        self.plan = plan
         self._layers = dict(layers)
         self._known = known
         self._known_wide = known.astype(np.float32)
@@ -97,7 +97,7 @@ class Head:
         """Answer inputs, of any shape. Raises MissingExtra, ConfigError as the encoder does."""
         if not inputs:
             return []
-        x, place = self._plan.vectors(inputs, self._encoder.encode)
+        x, place = self.plan.vectors(inputs, self._encoder.encode)
         return self.predict_vectors(x, place)
 
     def predict_vectors(self, x: Floats, place: Floats) -> list[HeadAnswer]:
@@ -121,7 +121,7 @@ class Head:
             "encoder": self._encoder.name,
             "fingerprint": self._encoder.fingerprint,
             "fields": {name: list(values) for name, values in self.fields.items()},
-            "plan": self._plan.to_json(),
+            "plan": self.plan.to_json(),
         }
         # One entry alone: the library does not keep the order of several.
         (folder / FILE).write_bytes(save(tensors, {"head": compact_json(document)}))
