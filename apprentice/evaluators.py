@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from apprentice.errors import EvaluatorError, MissingExtra
+from apprentice.errors import ConfigError, EvaluatorError, MissingExtra
 
 __all__ = [
     "EVALUATORS",
@@ -275,7 +275,6 @@ class SemanticSimilarity:
             raise MissingExtra("evaluator semantic_similarity", "semantic")
         self.model = model
         self.fields = tuple(match_fields)
-        self._encoder: Any = None
         self._embed = lru_cache(_EMBEDDINGS)(self._encode)
 
     def __call__(self, local: Answer, remote: Answer) -> Evaluation:
@@ -300,22 +299,18 @@ class SemanticSimilarity:
         return min(1.0, max(0.0, float(va @ vb)))
 
     def _encode(self, text: str) -> Any:
-        return self._load().encode([text], normalize_embeddings=True, show_progress_bar=False)[0]
+        # Here and not above: only this evaluator, at its first comparison, needs it.
+        from apprentice.student.encoder import load_encoder
 
-    def _load(self) -> Any:
-        if self._encoder is None:
-            try:
-                from sentence_transformers import SentenceTransformer
-            except ImportError as error:
-                raise MissingExtra("evaluator semantic_similarity", "semantic") from error
-            try:
-                self._encoder = SentenceTransformer(self.model)
-            except (OSError, ValueError) as error:
-                raise EvaluatorError(
-                    f"evaluator semantic_similarity cannot load {self.model!r}: {error}. Set evaluator_model to a "
-                    "folder or a hub name that sentence-transformers can load."
-                ) from error
-        return self._encoder
+        try:
+            return load_encoder(self.model).encode([text])[0]
+        except MissingExtra as error:
+            raise MissingExtra("evaluator semantic_similarity", "semantic") from error
+        except ConfigError as error:
+            raise EvaluatorError(
+                f"evaluator semantic_similarity cannot load {self.model!r}: {error}. Set evaluator_model to a "
+                "folder or a hub name that sentence-transformers can load."
+            ) from error
 
 
 class CustomEvaluator:

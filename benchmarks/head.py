@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ def compare(stream: Stream, encodings: Encodings, x: Floats, sizes: Sequence[int
     return found
 
 
+def _wide(encodings: Encodings, texts: Sequence[str]) -> Floats:
+    return encodings.encode(texts).astype(np.float64)
+
+
 def costs() -> None:
     """Print what a fit of 2,000 answers of 77 values takes, and an answer, in and out of the encoder."""
     draw = np.random.default_rng(0)
@@ -112,9 +117,9 @@ def costs() -> None:
         started = time.perf_counter()
         head.predict([one])
         whole.append(time.perf_counter() - started)
-        known = encoder.encode([one["text"]])
+        known = Encodings(encoder, dict(zip([one["text"]], encoder.encode([one["text"]]), strict=True)))
         started = time.perf_counter()
-        head.predict_vectors(*head.plan.vectors([one], lambda _, known=known: known))  # type: ignore[misc]
+        head.predict_vectors(*head.plan.vectors([one], known.encode))
         without.append(time.perf_counter() - started)
     print(
         f"an answer, p50: {statistics.median(whole) * 1e3:.1f} ms, {statistics.median(without) * 1e3:.2f} ms of it ours"
@@ -134,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.streams:
         stream = read_stream(options.data, name)
         encodings = Encodings(load_encoder(DEFAULT))
-        x = features(stream, lambda texts, known=encodings: np.asarray(known.encode(texts), np.float64))
+        x = features(stream, partial(_wide, encodings))
         runs = [compare(stream, encodings, x, options.sizes, order) for order in options.orders]
         for n, who in runs[0]:
             means = [float(np.mean([run[n, who][column] for run in runs])) for column in columns]

@@ -55,7 +55,8 @@ class Layer:
 class Head:
     """A fitted head. ``fields``: every finite output field with its values. Safe to use from many threads.
 
-    ``plan`` is what it sees of an input. ``known`` is the sample of inputs that it was fitted on, where they lie among texts: float16 [inputs, place].
+    ``plan`` is what it sees of an input. ``known`` is the sample of inputs that it was fitted on, where they lie among
+    texts: float16 [inputs, place].
     """
 
     def __init__(
