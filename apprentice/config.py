@@ -140,6 +140,11 @@ class Thresholds(_Section):
     max_disagreement: Fraction | None = Field(
         None, description="serve at most this share of disagreeing answers, instead of the correlation phase2_to_phase3"
     )
+    max_disagreement_overall: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="let at most this share of all answers differ from the remote's, its own ones included; instead of "
+        "phase2_to_phase3, or beside max_disagreement",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Thresholds:
@@ -147,6 +152,12 @@ class Thresholds(_Section):
             raise ValueError(
                 f"must satisfy emergency_threshold <= coaching_trigger <= phase2_to_phase3, not "
                 f"{self.emergency_threshold} <= {self.coaching_trigger} <= {self.phase2_to_phase3}"
+            )
+        served, overall = self.max_disagreement, self.max_disagreement_overall
+        if served is not None and overall is not None and overall >= served:
+            raise ValueError(
+                f"max_disagreement_overall must be below max_disagreement, or it asks for nothing, not {overall} >= "
+                f"{served}; leave one of them out, or lower max_disagreement_overall"
             )
         return self
 

@@ -132,6 +132,7 @@ def trust_settings(settings: Settings, task: TaskSettings) -> TrustSettings:
         coaching_trigger=thresholds.coaching_trigger,
         emergency_threshold=thresholds.emergency_threshold,
         max_disagreement=thresholds.max_disagreement,
+        max_disagreement_overall=thresholds.max_disagreement_overall,
         delta=task.error_rate,
         deferral=task.deferral,
         min_coverage=task.min_coverage,

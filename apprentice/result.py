@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from apprentice.confidence.figures import Promise
+
 __all__ = ["Result", "TaskStatus"]
 
 
@@ -50,3 +52,5 @@ class TaskStatus:
     training_due: str | None
     waits_for_coach: str | None
     last_alert: str | None
+    promises: tuple[Promise, ...] = ()
+    """What is promised of the answers, and how it turned out since the promotion."""

@@ -178,6 +178,7 @@ class Result:
             "remote_share_tail": round(sum(p.remote_share for p in tail) / len(tail), 4) if tail else None,
             "agreement_local": None if self.agreement_local is None else round(self.agreement_local, 4),
             "local_served": self.local_served,
+            "disagreement_overall": round((self.local_served - self.local_agreed) / self.scenario.requests, 4),
             "coverage": round(last.coverage, 4),
             "spend": round(last.cost, 2),
             "spend_without": round(last.cost_without, 2),
@@ -700,6 +701,8 @@ def picture(result: Result, path: Path) -> None:
     if settings.max_disagreement is not None:
         goal = _World(scenario, random.Random(0)).correlation(1.0 - settings.max_disagreement) or 0.0
     lines.append((goal, "target"))
+    if not settings.bounds_served:
+        lines = []  # all three are held against all answers then, and this is a picture of the served ones
     for level, name in lines:
         middle.axhline(level, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
         middle.annotate(
@@ -764,6 +767,7 @@ def report(result: Result) -> Any:
         ("remote share", f"{_percent(s['remote_share'])} (last third {_percent(s['remote_share_tail'])})"),
         ("coverage at the end", _percent(s["coverage"])),
         ("agreement of what the local model answered", f"{_percent(s['agreement_local'])} of {s['local_served']:,}"),
+        ("answers of all that differed", _percent(s["disagreement_overall"])),
         ("sampling rate at the end", _percent(last.sampling_rate)),
         ("steepest fall of the rate", f"x {s['steepest_fall']:.2f} a comparison"),
         ("cost", f"${s['spend']:,.2f} instead of ${s['spend_without']:,.2f}"),

@@ -65,6 +65,7 @@ def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: De
         training_due=state.training_due,
         waits_for_coach=waits_for_coach(settings, store, task, time.time()),
         last_alert=_words(alert.kind, alert.at) if alert else None,
+        promises=tuple(figures.promises),
     )
 
 
@@ -98,6 +99,9 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
             f"{status.sampling_rate:.0%}" if phase is Phase.SERVE else "-",
             money(status.spent),
         )
+        for promise in status.promises:
+            so_far = "none was checked yet" if promise.realised is None else f"{max(0.0, promise.realised):.1%} so far"
+            lines.append(f"{status.task}: {promise.what}: at most {promise.at_most:.1%} promised, {so_far}")
         if status.held:
             lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
         if status.unverified >= 1:

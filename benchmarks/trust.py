@@ -284,6 +284,14 @@ class Confidence:
             low, high = (middle, high) if self.up_to(middle) >= agreement else (low, middle)
         return low
 
+    def bearable(self, limit: float) -> float:
+        """The share that an oracle would serve where at most ``limit`` of all answers may differ."""
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle * (1.0 - self.up_to(middle)) <= limit else (low, middle)
+        return high
+
 
 def measure_slices(
     tasks: int, comparisons: int, *, target: float = 0.85, max_disagreement: float | None = None, seed: int = 6
@@ -329,6 +337,53 @@ def measure_slices(
         oracle.append(model.largest(needed))
         below += share > 0.0 and model.up_to(share) < needed
     return below, statistics.fmean(served), statistics.fmean(oracle)
+
+
+def measure_overall(
+    tasks: int, comparisons: int, limit: float, *, at_limit: bool = False, seed: int = 10
+) -> tuple[int, float, float, float]:
+    """(tasks that break the promise, mean coverage, that of an oracle, that of the same bets on what is served).
+
+    At most ``limit`` of all answers may differ. Models are drawn as in `measure_slices`; ``at_limit`` draws ones whose
+    smallest slice differs in just more than its whole traffic may, so that every certificate is a wrong one.
+    """
+    draw = random.Random(seed)
+    settings = TrustSettings()
+    broken = 0
+    covered, oracle, before = [], [], []
+    for _ in range(tasks):
+        model = Confidence(draw.uniform(2.0, 6.0), draw.uniform(0.0, 8.0))
+        flat = limit / settings.min_coverage * 1.02  # 2 % above what the first slice could bear
+        both: list[Slices] = []
+        waiting: list[tuple[float, float, float, float]] = []
+        for n in range(comparisons):
+            rank = draw.random()
+            wrong = (flat if rank < settings.min_coverage else 0.0) if at_limit else 1.0 - model.agreement(rank)
+            s = float(draw.random() >= wrong)
+            seen = (1.0 - rank, s, limit - (1.0 - s), 1.0)
+            if both:
+                for slices in both:
+                    slices.add(*seen)
+                continue
+            waiting.append(seen)
+            if n + 1 == settings.warm_up:
+                confidences = [g for g, *_ in waiting]
+                thresholds = grid(confidences, settings.min_coverage)
+                if at_limit:
+                    thresholds = [1.0 - settings.min_coverage, 0.0]
+                both = [
+                    Slices(thresholds, DELTA, confidences, max_disagreement_overall=limit, served=False),
+                    Slices(thresholds, DELTA, confidences),
+                ]
+                for slices in both:
+                    slices.replay(waiting)
+        share, old = (0.0 if slices.threshold is None else 1.0 - slices.threshold for slices in both)
+        risk = flat * min(share, settings.min_coverage) if at_limit else share * (1.0 - model.up_to(share))
+        broken += share > 0.0 and risk > limit
+        covered.append(share)
+        before.append(old)
+        oracle.append(0.0 if at_limit else model.bearable(limit))
+    return broken, statistics.fmean(covered), statistics.fmean(oracle), statistics.fmean(before)
 
 
 # -- 5: the unbiased estimate ----------------------------------------------------------------------------------------
@@ -516,6 +571,24 @@ def main() -> None:
             f"{covered:.3f} of {best:.3f} = {covered / best:.2f}",
             "at least .80, aim .90",
             covered >= 0.8 * best,
+        )
+
+    many = 2000 if full else 200
+    head(f"4b At most so many of all answers differ, after 600 comparisons, {many} tasks")
+    for most in (0.05, 0.10):
+        broken = measure_overall(many, 600, most, at_limit=True)[0]
+        line(
+            f"{most:.2f}: wrong certificates where no slice may be served",
+            f"{broken / many:.1%}",
+            "at most 5 %",
+            broken <= (DELTA * many if full else tail_bound(many, DELTA)),
+        )
+        broken, covered, best, old = measure_overall(many, 600, most)
+        line(
+            "  coverage, models of every quality",
+            f"{covered:.3f}",
+            f"oracle {best:.3f}; {most:.2f} of the served {old:.3f}",
+            broken <= tail_bound(many, DELTA),
         )
 
     bias, error, plain = measure_bias(1000 if full else 100, 2000)

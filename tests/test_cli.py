@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from apprentice.confidence.figures import Promise
 from apprentice.result import TaskStatus
 from apprentice.status import status_page
 from apprentice.store import Store
@@ -92,6 +93,7 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         training_due="drift",
         waits_for_coach=None,
         last_alert="drift (2026-11-23 10:00 UTC)",
+        promises=(Promise("all answers that differ", 0.05, 0.031), Promise("served answers that differ", 0.1, None)),
     )
     console = Console(width=80, highlight=False)
     with console.capture() as shown:
@@ -104,6 +106,9 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
     assert "extract_entities: calls in flight hold $1.25 at most, beside what is spent" in shown.get()
     assert "extract_entities: 41 local answers could not be checked; no figure has them" in shown.get()
     assert "extract_entities: training is due (drift)" in shown.get()
+    words = " ".join(shown.get().split())
+    assert "extract_entities: all answers that differ: at most 5.0% promised, 3.1% so far" in words
+    assert "extract_entities: served answers that differ: at most 10.0% promised, none was checked yet" in words
     assert "extract_entities: last alert drift (2026-11-23 10:00 UTC)" in shown.get()
 
 

@@ -307,3 +307,18 @@ def test_a_value_of_another_kind_is_explained_in_words_of_yaml(
                 said = str(error)
                 assert not re.search(r"dictionar|instance|tuple|class|pathlib|decimal|Settings\b", said), said
                 assert "(line " in said, said
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ("max_disagreement_overall: 0", "greater than 0"),
+        ("max_disagreement_overall: 1", "less than 1"),
+        ("{max_disagreement: 0.1, max_disagreement_overall: 0.1}", "asks for nothing, not 0.1 >= 0.1"),
+    ],
+)
+def test_an_overall_target_that_makes_no_sense_is_refused(tmp_path: Path, keys: str, problem: str):
+    """Never reached, always reached, or implied by the other one."""
+    lines = "".join(f"      {line.strip()}\n" for line in keys.strip("{}").split(","))
+    told = problems_of(tmp_path, USER_CONFIG.replace("      phase1_to_phase2: 50\n", lines, 1))
+    assert any(problem in text for text in told.values()), told

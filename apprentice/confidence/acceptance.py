@@ -13,6 +13,9 @@ log(1/share) more evidence, and save it from waiting for a slice of a tenth of t
 (normally the held-out ones of the gate), chosen without looking at their scores. Given that a threshold is the k-th
 largest confidence, the comparisons above it are a plain sample of its slice; the one that set it is not, and does not
 bet on it.
+
+**Two targets.** All this is about what is *served*. `Overall` certifies instead how much of all answers differs, or in
+addition: a slice is then certified when both say so, and each promise is broken with probability at most delta.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from operator import neg
 from typing import Any
 
 from apprentice.confidence.certify import LOG_PRIOR, PRIOR, log_stakes, wealth
+from apprentice.confidence.overall import Overall
 
 __all__ = ["Slice", "Slices", "grid"]
 
@@ -41,7 +45,10 @@ PATIENCE = 300
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What is known of one slice: ``share`` of the traffic, weighted ``agreement``, ``needed`` wealth to certify it."""
+    """What is known of one slice: ``share`` of the traffic, weighted ``agreement``, ``needed`` wealth to certify it.
+
+    Where both targets are bet on, ``wealth`` and ``needed`` are those of the one that is farther from its certificate.
+    """
 
     threshold: float
     share: float
@@ -79,7 +86,10 @@ class Slices:
         "certified",
         "delta",
         "look",
+        "overall",
+        "overall_winds",
         "peaks",
+        "served",
         "shares",
         "thresholds",
         "unseen",
@@ -88,14 +98,30 @@ class Slices:
         "winds",
     )
 
-    def __init__(self, thresholds: Sequence[float], delta: float, confidences: Sequence[float] = ()) -> None:
-        """``thresholds`` descend to 0.0; ``confidences`` are a sample of the traffic's, to place the entries."""
+    def __init__(
+        self,
+        thresholds: Sequence[float],
+        delta: float,
+        confidences: Sequence[float] = (),
+        *,
+        max_disagreement_overall: float | None = None,
+        served: bool = True,
+    ) -> None:
+        """``thresholds`` descend to 0.0; ``confidences`` are a sample of the traffic's, to place the entries.
+
+        ``served``: what is served has a target of its own. One of both there must be.
+        """
+        assert served or max_disagreement_overall is not None
         self.thresholds = list(thresholds)
         self.delta = delta
         self.look = 1 if len(self.thresholds) == 1 else 8
         sample = max(1, len(confidences))
         self.shares = [sum(g >= t for g in confidences) / sample for t in self.thresholds]
         self.shares[-1] = 1.0
+        self.served = served
+        self.overall: Overall | None = None
+        if max_disagreement_overall is not None:
+            self.overall = Overall(max_disagreement_overall, delta, len(self.thresholds), FIRST_STAKE)
         self.restart()
 
     def restart(self) -> None:
@@ -108,8 +134,10 @@ class Slices:
         self.peaks = [1.0] * count
         self.weights = [0.0] * count
         self.agreed = [0.0] * count
-        self.unseen = self.waited = 0
+        self.unseen = self.waited = self.overall_winds = 0
         self.certified: int | None = None
+        if self.overall is not None:
+            self.overall.restart(count, FIRST_STAKE)
 
     def entry_shares(self) -> list[float]:
         """The share of delta that each slice starts with; they sum to one."""
@@ -122,13 +150,16 @@ class Slices:
     def add(self, confidence: float, score: float, x: float, weight: float, *, sets: bool = False) -> bool:
         """Let one comparison bet on every slice that holds it; whether a larger slice is certified now.
 
+        ``x`` is what the target of what is served makes of it; it counts for nothing where there is no such target.
         ``sets``: this very comparison set the threshold that it stands on, and does not bet on that slice.
         """
         k = bisect_left(self.thresholds, -confidence, key=neg)
         self.weights[k] += weight
         self.agreed[k] += weight * score
+        if self.overall is not None:
+            self.overall.add(k, score, weight)
         band = k + 1 if sets else k
-        if band < len(self.bands):
+        if self.served and band < len(self.bands):
             self.bands[band] = [
                 held + stake for held, stake in zip(self.bands[band], log_stakes(x, weight), strict=True)
             ]
@@ -160,6 +191,34 @@ class Slices:
     def settle(self) -> bool:
         """Look at every slice larger than the certified one and certify what can be; whether it grew."""
         self.unseen = 0
+        reached = self._look() if self.served else False
+        if self.overall is not None:
+            before = self.overall.certified
+            self.overall.settle()
+            reached = reached or self.overall.certified != before
+        if not reached:
+            self._second_wind()
+            return False
+        best = self.certified
+        for k, certain in enumerate(self._proved()):
+            if certain:
+                best = k if best is None else max(best, k)
+        grew = best != self.certified
+        self.certified = best
+        return grew
+
+    def _proved(self) -> list[bool]:
+        """Of each slice, whether it has met every target, one after the other or at once."""
+        proved = [True] * len(self.thresholds)
+        if self.served:
+            proved = [peak >= needed for peak, needed in zip(self.peaks, self.needed(), strict=True)]
+        if self.overall is not None:
+            last = -1 if self.overall.certified is None else self.overall.certified
+            proved = [certain and k <= last for k, certain in enumerate(proved)]
+        return proved
+
+    def _look(self) -> bool:
+        """Look at the bets on what is served; whether any slice may be certified by them for the first time."""
         first = 0 if self.certified is None else self.certified + 1
         least = 1.0 / self.delta
         # Below this not even equal capital behind all sizes would add up to what certifies the easiest slice.
@@ -177,23 +236,18 @@ class Slices:
             if worth > self.peaks[k]:
                 self.peaks[k] = worth
                 reached = reached or worth >= least
-        if not reached:
-            self._second_wind()
-            return False
-        best = self.certified
-        for k, needed in enumerate(self.needed()):
-            if self.peaks[k] >= needed:
-                best = k if best is None else max(best, k)
-        grew = best != self.certified
-        self.certified = best
-        return grew
+        return reached
 
     def _second_wind(self) -> None:
         """Every so often, where nothing is certified, let ruined slices begin again with what was kept back."""
         if self.certified is not None or self.waited < PATIENCE:
             return
         self.waited = 0
-        for k in range(len(self.bands)):
+        if self.overall is not None and self.overall.renew(
+            RUINED * _stake(self.overall_winds), _stake(self.overall_winds + 1)
+        ):
+            self.overall_winds += 1
+        for k in range(len(self.bands) if self.served else 0):
             capital = self.log_capital(k)
             if wealth(capital) < RUINED * _stake(self.winds[k]):
                 self.winds[k] += 1
@@ -224,18 +278,33 @@ class Slices:
 
     def curve(self) -> list[Slice]:
         """Every slice with its figures, most confident first."""
-        needed = self.needed()
+        stands = self._stands()
         return [
             Slice(
                 threshold=t,
                 share=self.share(k),
                 agreement=self.agreement(k),
-                wealth=wealth(self.log_capital(k)),
-                needed=needed[k],
-                certified=self.certified is not None and k <= self.certified and self.peaks[k] >= needed[k],
+                wealth=stands[k][0],
+                needed=stands[k][1],
+                certified=certain and self.certified is not None and k <= self.certified,
             )
-            for k, t in enumerate(self.thresholds)
+            for (k, t), certain in zip(enumerate(self.thresholds), self._proved(), strict=True)
         ]
+
+    def _stands(self) -> list[tuple[float, float]]:
+        """(wealth, needed) of every slice, by the target that is farther from its certificate."""
+        tests: list[list[tuple[float, float]]] = []
+        if self.served:
+            worth = [wealth(self.log_capital(k)) for k in range(len(self.bands))]
+            tests.append(list(zip(worth, self.needed(), strict=True)))
+        if self.overall is not None:
+            tests.append([(worth, 1.0 / self.delta) for worth in self.overall.wealths()])
+        return [min(of_slice, key=lambda stand: stand[0] / stand[1]) for of_slice in zip(*tests, strict=True)]
+
+    def peak(self, k: int) -> float:
+        """The most that the bets on slice ``k`` were ever worth; the lesser of both targets'."""
+        peaks = [self.peaks[k]] if self.served else []
+        return min(peaks if self.overall is None else [*peaks, self.overall.peaks[k]])
 
     def hedge(self, stake: float) -> None:
         """Keep ``stake`` of what the evidence so far is worth, and start the rest afresh at 1.
@@ -253,6 +322,8 @@ class Slices:
         ]
         self.bands = [[0.0] * len(LOG_PRIOR) for _ in range(count)]
         self.peaks = [1.0] * count
+        if self.overall is not None:
+            self.overall.hedge(stake, FIRST_STAKE)
         self.certified = None
         self.settle()
 
@@ -282,6 +353,8 @@ class Slices:
             "waited": self.waited,
             "winds": self.winds,
             "certified": self.certified,
+            "served": self.served,
+            "overall": None if self.overall is None else {**self.overall.dump(), "winds": self.overall_winds},
         }
 
     @classmethod
@@ -292,6 +365,10 @@ class Slices:
             setattr(slices, name, list(data[name]))
         slices.unseen, slices.waited = data["unseen"], data["waited"]
         slices.certified = data["certified"]
+        slices.served = data.get("served", True)
+        overall = data.get("overall")
+        if overall is not None:
+            slices.overall, slices.overall_winds = Overall.load(overall), overall["winds"]
         return slices
 
 

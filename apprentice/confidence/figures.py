@@ -10,7 +10,7 @@ from apprentice.confidence.acceptance import Slice
 from apprentice.confidence.correlation import Estimate, Tally
 from apprentice.phases import Phase
 
-__all__ = ["Figures", "PolicyNumbers", "Scope", "scope"]
+__all__ = ["Figures", "PolicyNumbers", "Promise", "Scope", "scope"]
 
 
 class PolicyNumbers(NamedTuple):
@@ -29,6 +29,19 @@ class Scope:
     correlation: Estimate | None
     fields: Mapping[str, tuple[Estimate | None, Estimate | None]] = field(default_factory=dict)
     """field -> (agreement, correlation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A share of answers that may differ from the remote's, and the share that does, as far as checks could tell.
+
+    ``realised`` is unbiased for served answers (see `Figures.accepted_agreement`); for all answers it is that times the
+    coverage of today. None before any check.
+    """
+
+    what: str
+    at_most: float
+    realised: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,8 @@ class Figures:
     coaching: bool
     alarmed: bool
     training_due: bool
+    promises: Sequence[Promise] = ()
+    """Those about disagreement; a correlation target has none."""
 
 
 def scope(tallies: Mapping[str, Tally]) -> Scope:

@@ -18,6 +18,9 @@ class TrustSettings:
     emergency_threshold: float = 0.50
     max_disagreement: float | None = None
     """Where given, slices are certified for at most this disagreement instead of for ``graduate``."""
+    max_disagreement_overall: float | None = None
+    """Where given, slices are certified for at most this disagreement among *all* answers, those of the remote
+    included: instead of for ``graduate``, or beside ``max_disagreement`` where that is given too."""
     delta: float = 0.05
     """Probability that a version ever serves a slice that misses its target."""
     deferral: bool = True
@@ -44,4 +47,10 @@ class TrustSettings:
 
     def target(self) -> list[Any]:
         """What evidence was collected against: evidence for another target is worth nothing."""
-        return [self.graduate, self.max_disagreement, self.delta, self.deferral, self.min_coverage]
+        known = [self.graduate, self.max_disagreement, self.delta, self.deferral, self.min_coverage]
+        return known if self.max_disagreement_overall is None else [*known, self.max_disagreement_overall]
+
+    @property
+    def bounds_served(self) -> bool:
+        """Whether what is served has a target of its own."""
+        return self.max_disagreement is not None or self.max_disagreement_overall is None

@@ -41,15 +41,20 @@ class Steering:
     limit: Mapping[str, float] = field(default_factory=dict)
 
 
-def steer(settings: TrustSettings, window: ServedWindow, *, rate: float, coaching: bool, alarmed: bool) -> Steering:
+def steer(
+    settings: TrustSettings, window: ServedWindow, *, rate: float, coaching: bool, alarmed: bool, share: float = 1.0
+) -> Steering:
     """Decide from the served slice's ``window``, while serving.
 
     ``rate`` is the sampling rate so far; ``coaching`` and ``alarmed`` say what is under way. Once the guard alarmed
-    only a new certificate ends coaching.
+    only a new certificate ends coaching. ``share`` below 1 holds all answers to the thresholds instead of the served
+    ones: that share of them is served, and the others come from the remote and agree.
     """
     rho, agreement = window.tally.correlation, window.tally.agreement
     if rho is None:
         return Steering(1.0)
+    rho = 1.0 - share * (1.0 - rho)
+    agreement = None if agreement is None else 1.0 - share * (1.0 - agreement)
     known = len(window.rows) >= settings.min_evidence
     evidence = {
         "correlation": round(rho, 4),

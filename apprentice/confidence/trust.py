@@ -37,7 +37,7 @@ from apprentice.confidence.acceptance import Slices, grid
 from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
-from apprentice.confidence.figures import Figures, PolicyNumbers, Scope, scope
+from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Turn, steer
 from apprentice.confidence.trust_events import Event, EventKind
@@ -427,7 +427,13 @@ class Trust:
 
     def _new_slices(self, confidences: Sequence[float]) -> None:
         thresholds = grid(confidences, self.settings.min_coverage) if self.settings.deferral else [0.0]
-        self.slices = Slices(thresholds, self.settings.delta, confidences)
+        self.slices = Slices(
+            thresholds,
+            self.settings.delta,
+            confidences,
+            max_disagreement_overall=self.settings.max_disagreement_overall,
+            served=self.settings.bounds_served,
+        )
 
     def _numbers(self, pending: Pending, expected: Chance) -> Seen:
         for name in pending.parts:
@@ -537,7 +543,7 @@ class Trust:
             "coverage": round(self.slices.share(k), 4),
             "agreement": _rounded(self.slices.agreement(k)),
             "comparisons": round(self.slices.weight(k), 1),
-            "wealth": float(f"{self.slices.peaks[k]:.4g}"),
+            "wealth": float(f"{self.slices.peak(k):.4g}"),
             "delta": self.settings.delta,
         }
         events = [Event(EventKind.CERTIFIED, evidence)]
@@ -551,13 +557,18 @@ class Trust:
         assert self.slices is not None
         weight = self.slices.weight(k)
         agreement = self.slices.agreement(k)
+        promised = 0.0
+        if self.settings.max_disagreement_overall is not None:
+            # All that may differ may lie in the slice; its share is measured, and a level above the truth costs alarms.
+            share = wilson(self.slices.share(k), sum(self.slices.weights), 2.33)[0]
+            promised = 1.0 - self.settings.max_disagreement_overall / max(share, 1e-9)
         if self.settings.max_disagreement is not None:
-            promised = 1.0 - self.settings.max_disagreement
-        else:
+            promised = max(promised, 1.0 - self.settings.max_disagreement)
+        elif self.settings.bounds_served:
             base = self.since_all[""].u / max(self.since_all[""].w, 1e-9)
             promised = 1.0 - (1.0 - self.settings.graduate) * base
         seen = 0.0 if agreement is None else wilson(agreement, weight, 2.33)[0]
-        level = min(0.999, max(promised, seen))
+        level = min(0.999, max(0.0, promised, seen))
         if self.guard is None:
             self.guard = Guard(level, self.settings.arl)
         else:
@@ -567,7 +578,11 @@ class Trust:
 
     def _steer(self) -> list[Event]:
         """Carry out what `steer` decides from the served slice's window."""
-        steering = steer(self.settings, self.window, rate=self.rate, coaching=self.coaching, alarmed=self.alarmed)
+        # Where only the whole of the answers has a target, the remote's own ones count with those that are served.
+        share = 1.0 if self.settings.bounds_served else self.coverage
+        steering = steer(
+            self.settings, self.window, rate=self.rate, coaching=self.coaching, alarmed=self.alarmed, share=share
+        )
         events: list[Event] = []
         if steering.turn is not None:
             events.append(Event(EventKind(steering.turn.value), {**steering.evidence, **steering.limit}))
@@ -642,7 +657,20 @@ class Trust:
             coaching=self.coaching,
             alarmed=self.alarmed,
             training_due=self.training_due,
+            promises=self._promises(),
         )
+
+    def _promises(self) -> list[Promise]:
+        """What is promised of the answers, and how it turned out since the promotion."""
+        settings, agreement = self.settings, self.accepted_agreement
+        differs = None if agreement is None else 1.0 - agreement
+        promises = []
+        if settings.max_disagreement is not None:
+            promises.append(Promise("served answers that differ", settings.max_disagreement, differs))
+        if settings.max_disagreement_overall is not None:
+            overall = None if differs is None else self.coverage * differs
+            promises.append(Promise("all answers that differ", settings.max_disagreement_overall, overall))
+        return promises
 
     def _scope(self, weighted: Sequence[tuple[Seen, float]]) -> Scope:
         tallies: dict[str, Tally] = {"": Tally()}

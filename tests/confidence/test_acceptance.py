@@ -6,7 +6,7 @@ import random
 import pytest
 
 from apprentice.confidence.acceptance import ENTRIES, Slices, _stake, grid
-from benchmarks.trust import DELTA, measure_slices, tail_bound
+from benchmarks.trust import DELTA, measure_overall, measure_slices, tail_bound
 
 
 def feed(slices: Slices, agreement: float, count: int, draw: random.Random, target: float = 0.1) -> None:
@@ -107,6 +107,27 @@ def test_few_tasks_serve_a_slice_below_target():
     below, covered, oracle = measure_slices(60, 500)
     assert below <= tail_bound(60, DELTA)
     assert covered <= oracle
+
+
+@pytest.mark.parametrize("at_limit", [False, True])
+def test_few_tasks_let_more_of_all_answers_differ_than_promised(at_limit: bool):
+    """Over models of every quality, and over ones none of whose slices may be served."""
+    broken, covered, oracle, before = measure_overall(60, 400, 0.1, at_limit=at_limit)
+    assert broken <= tail_bound(60, DELTA)
+    if not at_limit:
+        assert before < covered <= oracle + 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_limit", [False, True])
+@pytest.mark.parametrize("limit", [0.1, 0.05])
+def test_few_tasks_let_more_of_all_answers_differ_than_promised_in_full(limit: float, at_limit: bool):
+    """2,000 tasks of 600 comparisons."""
+    broken, covered, oracle, before = measure_overall(2000, 600, limit, at_limit=at_limit)
+    assert broken <= tail_bound(2000, DELTA)
+    if not at_limit:
+        assert before < 0.9 * covered
+        assert covered >= 0.75 * oracle  # .80 at .05, .89 at .10
 
 
 @pytest.mark.slow

@@ -518,3 +518,47 @@ def test_observing_costs_the_same_whatever_the_window():
         trust.observe(Comparison("x", 1.0, {}, 0.5, 1, 1), evaluate, draw)
         calls[window] = count - before
     assert calls[50] == calls[500] == 16
+
+
+OVERALL = TrustSettings(max_disagreement_overall=0.1)
+
+
+def test_all_answers_have_a_target_of_their_own():
+    """Half of the traffic is answered well, the rest hardly: more is served than .90 of what is served would allow."""
+    world = World(lambda g: 0.97 if g > 0.5 else 0.5, OVERALL)
+    world.promote(seed=400)
+    world.requests(3000)
+    (promise,) = world.trust.figures().promises
+    assert promise.at_most == 0.1
+    assert promise.realised is not None
+    assert 0.0 < promise.realised <= 0.1
+    assert 0.5 < world.trust.coverage < 0.75
+    assert EventKind.EMERGENCY not in {event.kind for event in world.told}
+
+
+def test_the_guard_of_all_answers_holds_the_slice_to_what_it_may_spend():
+    """At most .10 of all in half of the traffic: a fifth of the slice may differ, unless it was seen to do better."""
+    world = World(lambda g: 0.88 if g > 0.5 else 0.1, replace(OVERALL, min_coverage=0.4))
+    world.promote(seed=600)
+    assert world.trust.guard is not None
+    coverage = world.trust.coverage
+    assert 0.3 < coverage < 0.6
+    level = world.trust.guard.detector.level
+    assert 1.0 - 0.1 / (0.8 * coverage) < level < 0.88
+    world.requests(200)
+    world.agreement = 0.2
+    told = world.requests(200)
+    assert {EventKind.SHIFT, EventKind.DRIFT, EventKind.EMERGENCY} & {event.kind for event in told}
+
+
+def test_a_state_of_before_the_second_target_is_loaded_as_it_was():
+    """Nothing is dropped where the target is the same; a new overall target discards what was bet against another."""
+    world = World()
+    world.promote(seed=300)
+    old = json.loads(world.trust.dumps())
+    del old["slices"]["served"], old["slices"]["overall"]
+    assert Trust.loads(json.dumps(old), SETTINGS).dumps() == world.trust.dumps()
+    moved = Trust.loads(json.dumps(old), OVERALL)
+    assert (moved.phase, moved.threshold) == (Phase.SHADOW, None)
+    assert moved.slices is not None
+    assert moved.slices.overall is not None
