@@ -452,6 +452,73 @@ def measure_retrained(
     return at_once / runs
 
 
+# -- 11: a lineage of refits -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What `measure_lineage` found; means over the runs."""
+
+    wrongly: float
+    """Share of the runs that ever served while the refit of that moment differed too often."""
+    local: float
+    """Share of all requests that the local model answered without a check."""
+    bad_last: float
+    """Unchecked local answers that differed, after the last refit."""
+
+
+def measure_lineage(
+    runs: int,
+    differs: Sequence[float],
+    requests: int,
+    carries: float | None,
+    *,
+    in_shadow: bool = True,
+    counted: bool = False,
+    max_disagreement: float = 0.1,
+) -> Lineage:
+    """A learner that is refitted before every ``requests`` requests, and then differs from the remote in ``differs``.
+
+    ``carries`` is what each refit asks for; None lets it begin anew with a fifth of all answers bought so far, held out
+    from learning, as every version did. Without ``in_shadow`` only trust that serves is carried; ``counted`` counts the
+    refits before as attempts on the same held-out answers. Confidence says nothing, and one slice is everything.
+    """
+    draw = random.Random(11)
+    labels = Labels([1.0] * 7, draw)
+    settings = TrustSettings(max_disagreement=max_disagreement, deferral=False)
+    wrongly = local_answers = bad_last = 0
+    for _ in range(runs):
+        trust = Trust.fresh(settings)
+        bought = 0
+        wrong = False
+        for i, share in enumerate(differs):
+            rho = labels.rho(1.0 - share)
+            going_on = trust.heritable and (in_shadow or trust.phase is Phase.SERVE)
+            if i > 0 and carries is not None and going_on:
+                trust.succeed(carries=carries)
+            else:
+                pairs = [labels.pair(rho) for _ in range(bought // 5)]
+                seed = [Comparison("seed", same(*p).score, {}, 1.0, *p, seeded=True) for p in pairs]
+                trust.promoted(seed, same, draw, attempts=i + 1 if counted else 1)
+            for _ in range(requests):
+                phase, _, rate = trust.policy_numbers
+                served = phase is Phase.SERVE
+                wrong = wrong or (served and share > max_disagreement)
+                trust.watch((LocalObservation(1.0, served=served),))
+                local, remote = labels.pair(rho)
+                s = same(local, remote).score
+                if served and draw.random() >= rate:
+                    local_answers += 1
+                    bad_last += i + 1 == len(differs) and s < 1.0
+                    continue
+                bought += 1
+                trust.observe(
+                    Comparison("live", s, {}, 1.0, local, remote, rate if served else 1.0, rate, served), same, draw
+                )
+        wrongly += wrong
+    return Lineage(wrongly / runs, local_answers / (runs * requests * len(differs)), bad_last / runs)
+
+
 # -- 8, offline: a stream like ISEAR ---------------------------------------------------------------------------------
 
 
@@ -589,6 +656,36 @@ def main() -> None:
             f"{covered:.3f}",
             f"oracle {best:.3f}; {most:.2f} of the served {old:.3f}",
             broken <= tail_bound(many, DELTA),
+        )
+
+    many = 2000 if full else 60
+    head(f"4c A learner refitted 20 times, 50 requests each; at most .10 of what is served may differ; {many} runs")
+    worlds = (
+        ("differs in .102 all the time", [0.102] * 20),
+        ("falls from .23 to .03", [0.2 * (1.0 - i / 20) ** 2 + 0.03 for i in range(20)]),
+    )
+    ways = (
+        ("each begins anew", None, True, False),
+        ("all is carried, in shadow too", 0.25, True, False),
+        ("carried while it serves, attempts counted", 0.25, False, True),
+    )
+    for world, course in worlds:
+        for way, carries, in_shadow, counted in ways:
+            found = measure_lineage(many, course, 50, carries, in_shadow=in_shadow, counted=counted)
+            line(
+                f"{world}: {way}",
+                f"{found.local:.3f} answered locally",
+                f"wrongly {found.wrongly:.1%}, at most 5 %",
+                None if carries is None else found.wrongly * many <= tail_bound(many, DELTA),
+            )
+    many = 200 if full else 20
+    head(f"4d The eleventh refit differs in .20 instead of .05; 400 requests each, {many} runs")
+    for carries in (None, 0.0, 0.25, 1.0):
+        found = measure_lineage(many, [0.05] * 10 + [0.2], 400, carries, in_shadow=False, counted=True)
+        line(
+            "each begins anew" if carries is None else f"carried with a rate of at least {carries}",
+            f"{found.bad_last:.1f} bad answers",
+            f"{found.local:.3f} answered locally",
         )
 
     bias, error, plain = measure_bias(1000 if full else 100, 2000)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from apprentice.confidence.acceptance import ENTRIES, Slices, _stake, grid
-from benchmarks.trust import DELTA, measure_overall, measure_slices, tail_bound
+from benchmarks.trust import DELTA, measure_lineage, measure_overall, measure_slices, tail_bound
 
 
 def feed(slices: Slices, agreement: float, count: int, draw: random.Random, target: float = 0.1) -> None:
@@ -138,3 +138,33 @@ def test_few_tasks_serve_a_slice_below_target_in_full(max_disagreement: float | 
     assert below <= tail_bound(1000, DELTA)
     if max_disagreement is None:
         assert covered >= 0.8 * oracle
+
+
+@pytest.mark.parametrize(("in_shadow", "counted"), [(True, False), (False, True)])
+def test_a_lineage_that_never_meets_its_target_is_rarely_served(in_shadow: bool, counted: bool):
+    """Twenty refits of a learner just off target, carried at all times, or while serving with the attempts counted."""
+    found = measure_lineage(40, [0.102] * 20, 30, 0.25, in_shadow=in_shadow, counted=counted)
+    assert found.wrongly * 40 <= tail_bound(40, DELTA)
+
+
+def test_a_lineage_serves_more_than_versions_that_begin_anew():
+    """Ten refits, all of them good: more is answered locally where what was earned is carried."""
+    good = [0.04] * 10
+    carried = measure_lineage(10, good, 60, 0.25, in_shadow=False, counted=True)
+    anew = measure_lineage(10, good, 60, None, counted=True)
+    assert carried.local > 1.5 * anew.local
+
+
+def test_a_worse_refit_costs_less_where_it_is_checked_more():
+    """.05 becomes .30: fewer bad answers slip through at a rate of 1 that glides down than at the lineage's own."""
+    course = [0.05] * 6 + [0.3]
+    unwatched, watched = (measure_lineage(12, course, 250, carries) for carries in (0.0, 1.0))
+    assert watched.bad_last < unwatched.bad_last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("in_shadow", "counted"), [(True, False), (False, True)])
+def test_a_lineage_that_never_meets_its_target_is_rarely_served_in_full(in_shadow: bool, counted: bool):
+    """2,000 lineages of twenty refits."""
+    found = measure_lineage(2000, [0.102] * 20, 50, 0.25, in_shadow=in_shadow, counted=counted)
+    assert found.wrongly * 2000 <= tail_bound(2000, DELTA)
