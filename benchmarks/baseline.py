@@ -87,7 +87,7 @@ def replay(stream: Stream, x: Floats, *, promise: float, overall: bool, delta: f
         explore = threshold is None or draw.random() < EXPLORATION
         ask, same = True, True
         if not explore:
-            confidence, predicted = _predict(heads, x[i : i + 1])
+            confidence, predicted = predict(heads, x[i : i + 1])
             ask = bool(confidence[0] < threshold)
             same = all(guess[0] == label[i] for guess, label in zip(predicted, labels, strict=True))
         asked.append(ask)
@@ -101,17 +101,17 @@ def replay(stream: Stream, x: Floats, *, promise: float, overall: bool, delta: f
             confidences, right = _cross_fitted(x[rows], [label[rows] for label in labels])
             fair = np.array(unbiased)
             threshold = _threshold(confidences[fair], right[fair], promise, overall, delta)
-            heads = [_fit(x[rows], label[rows]) for label in labels]
+            heads = [fit(x[rows], label[rows]) for label in labels]
     return Outcome(asked, wrong)
 
 
-def _fit(x: Floats, y: Labels) -> LogisticRegression | str:
+def fit(x: Floats, y: Labels) -> LogisticRegression | str:
     if len(set(y)) == 1:
         return str(y[0])
     return LogisticRegression(C=10.0, max_iter=300).fit(x, y)
 
 
-def _predict(heads: Sequence[LogisticRegression | str], x: Floats) -> tuple[Floats, list[Labels]]:
+def predict(heads: Sequence[LogisticRegression | str], x: Floats) -> tuple[Floats, list[Labels]]:
     """Confidence that every field is right, and the guess of each field."""
     confidence, guesses = np.ones(len(x)), []
     for head in heads:
@@ -127,7 +127,7 @@ def _predict(heads: Sequence[LogisticRegression | str], x: Floats) -> tuple[Floa
 def _cross_fitted(x: Floats, labels: Sequence[Labels]) -> tuple[Floats, Bools]:
     confidence, right = np.zeros(len(x)), np.zeros(len(x), dtype=bool)
     for train, test in KFold(FOLDS, shuffle=True, random_state=0).split(x):
-        confidence[test], guesses = _predict([_fit(x[train], y[train]) for y in labels], x[test])
+        confidence[test], guesses = predict([fit(x[train], y[train]) for y in labels], x[test])
         right[test] = np.all([guess == y[test] for guess, y in zip(guesses, labels, strict=True)], axis=0)
     return confidence, right
 
