@@ -1,7 +1,7 @@
 """Recorded streams through the product's own decisions, beside the baseline in the same run; no model is trained.
 
-What answers is a head on the embeddings of a sentence encoder, refitted whenever 15 % more answers were bought. What
-decides is the product's: `decision.decide`, `Trust`, and the rate that it gives. Every bought answer is compared first
+What answers is the baseline's own head, so that what differs is what decides, refitted whenever 15 % more answers were
+bought. What decides is the product's: `decision.decide`, `Trust`, and the rate that it gives. Every bought answer is compared first
 and learnt from then, so a refit carries the trust that was earned; its rate is at least 5 times the share of accepted
 answers that it changes.
 
@@ -150,8 +150,8 @@ class _Replay:
             comparisons = [self._compare(r, a) for r, a in zip(self.bought, seed, strict=True) if a is not None]
             self.trust.promoted(comparisons, self.same, self.draw)
             self.evidence = comparisons
-        elif self.trust.comparisons and not (self.trust.alarmed or self.trust.coaching):
-            _succeed(self.trust, self.schedule.caution * self._changed(row, fitted))
+        elif self.trust.heritable:
+            self.trust.succeed(carries=self.schedule.caution * self._changed(row, fitted))
         else:
             self.trust.promoted(self.evidence, self.same, self.draw)
         self.student = fitted
@@ -167,10 +167,6 @@ class _Replay:
             return 1.0
         pairs = zip(accepted, fitted.answer(accepted), strict=True)
         return sum(self.answers[r][1] != local for r, (_, local) in pairs) / len(accepted)
-
-
-def _succeed(trust: Trust, carries: float) -> None:
-    trust.rate = max(trust.rate, min(1.0, carries))
 
 
 class Logistic:
@@ -192,18 +188,17 @@ class Logistic:
         ]
 
 
-def settings_for(promise: float, *, delta: float) -> TrustSettings:
-    """The settings of the repository's example for ISEAR, with this promise instead of its own."""
+def settings_for(promise: float, *, overall: bool, delta: float) -> TrustSettings:
+    """Those of the repository's example for ISEAR with this promise instead: of what is served, or of all answers."""
     loaded = load_settings(CONFIG)
     base = trust_settings(loaded, loaded.tasks[0])
-    return replace(base, max_disagreement=promise, delta=delta)
+    served, whole = (None, promise) if overall else (promise, None)
+    return replace(base, max_disagreement=served, max_disagreement_overall=whole, delta=delta)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the product's figures on every stream, under the baseline's."""
-    parser = arguments(__doc__)
-    parser.set_defaults(kinds=["served"])
-    options = parser.parse_args(argv)
+    options = arguments(__doc__).parse_args(argv)
     encode = baseline.encoder()
     print(HEADER)
     for name in options.streams:
@@ -215,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             x = whole_x[places]
             bar = baseline.replay(stream, x, promise=promise, overall=overall, delta=options.delta, seed=order)
             print(line(name, promise, overall, order, "baseline", bar), flush=True)
-            settings = settings_for(promise, delta=options.delta)
+            settings = settings_for(promise, overall=overall, delta=options.delta)
             outcome = replay(stream, partial(Logistic, stream, x), settings, seed=order)
             print(line(name, promise, overall, order, "apprentice", outcome), flush=True)
 
