@@ -1,9 +1,9 @@
 """Recorded streams through the product's own decisions, beside the baseline in the same run; no model is trained.
 
-What answers is the baseline's own head, so that what differs is what decides, refitted whenever 15 % more answers were
-bought. What decides is the product's: `decision.decide`, `Trust`, and the rate that it gives. Every bought answer is compared first
-and learnt from then, so a refit carries the trust that was earned; its rate is at least 5 times the share of accepted
-answers that it changes.
+What answers is the baseline's own head, so that what differs is what decides. It is refitted whenever 15 % more answers
+were bought. What decides is the product's: `decision.decide`, `Trust`, and the rate that it gives. Every bought answer
+is compared first and learnt from then, so a refit carries the trust that was earned; its rate is at least 5 times the
+share of accepted answers that it changes.
 
     python -m benchmarks.streams --data ../shared/data
 """
