@@ -81,6 +81,7 @@ def _parts(settings: Settings, environ: Mapping[str, str]) -> Iterator[tuple[str
     yield "store", partial(_store, settings)
     yield "local.backend", partial(_engine, settings)
     yield "local.base_model", partial(_base_model, settings)
+    yield "local.encoder", partial(_encoder, settings)
     yield "local.fine_tune_backend", partial(_trainer, settings, environ)
     yield "tracking", partial(_tracking, settings)
     if settings.alerts.webhook:
@@ -236,6 +237,23 @@ def _base_model(settings: Settings) -> Iterator[Finding]:
         yield Finding("not tried", part, f"{name} on the Hugging Face hub: it is loaded when it is first needed")
     else:
         yield Finding("ok", part, f"{name} is there")
+
+
+def _encoder(settings: Settings) -> Iterator[Finding]:
+    from apprentice.student.halves import halves_wanted
+
+    part, name = "local.encoder", settings.local.encoder
+    wanting = [task.name for task in settings.tasks if halves_wanted(settings, task.name).head]
+    if not wanting:
+        return
+    if not _is_there("sentence_transformers"):
+        raise MissingExtra(f"the head of {', '.join(wanting)}", "head")
+    from apprentice.student.encoder import encoder_place
+
+    if encoder_place(name, settings.root) == name:
+        yield Finding("not tried", part, f"{name} on the Hugging Face hub: it is loaded when it is first needed")
+    else:
+        yield Finding("ok", part, f"{name} is there, for the head of {', '.join(wanting)}")
 
 
 def _trainer(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -44,6 +44,7 @@ __all__ = [
     "RemoteSettings",
     "SamplingSettings",
     "Settings",
+    "StudentSettings",
     "TaskSettings",
     "Thresholds",
     "TrainingSettings",
@@ -179,6 +180,25 @@ class BudgetSettings(Caps):
     week_start: Literal["monday", "sunday"] = Field("monday", description="first day of a week")
 
 
+class StudentSettings(_Section):
+    """The two halves of what learns: a head on a sentence encoder, refitted within seconds, and the LoRA adapter."""
+
+    head: bool | None = Field(
+        None, description="false switches it off; true asks for the extra `head`, which null uses where it is installed"
+    )
+    lora: bool = Field(True, description="whether adapters are trained")
+    head_from: int = Field(60, ge=30, description="examples before the first head")
+    refit_every: int = Field(20, ge=1, description="new examples before the head is fitted again")
+    refit_growth: Annotated[float, Field(ge=0)] = Field(0.15, description="least growth of the corpus between refits")
+
+
+class TaskStudent(_Section):
+    """What a task has instead of ``local.student``; what is left out holds there."""
+
+    head: bool | None = Field(None, description="whether this task has a head")
+    lora: bool | None = Field(None, description="whether adapters are trained for this task")
+
+
 class TaskSettings(_Section):
     """A named, schema'd kind of request."""
 
@@ -207,6 +227,7 @@ class TaskSettings(_Section):
     promotion: Literal["auto", "review"] = Field("auto", description="review: a person moves the alias champion")
     budget: Caps = Field(default_factory=Caps, description="this task's own caps, below the common ones")
     max_output_tokens: int = Field(1024, ge=16, description="ceiling of a remote answer; its worst case is reserved")
+    student: TaskStudent = Field(default_factory=TaskStudent, description="overrides local.student")
     redact: ModuleFunction | None = Field(None, description="module:function(input) -> input, before training")
 
     @model_validator(mode="after")
@@ -328,6 +349,10 @@ class LocalSettings(_Section):
     fine_tune_batch_size: int = Field(100, ge=1, description="new examples before another training run")
     fine_tune_growth: Annotated[float, Field(ge=0)] = Field(0.5, description="least growth of the corpus between runs")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    encoder: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", min_length=1, description="of the head: hub id or folder"
+    )
+    student: StudentSettings = Field(default_factory=StudentSettings)
     model_dir: Path = Field(Path("./models/"), description="adapters, relative to apprentice.yaml")
     deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="after which a local answer is not waited for")
     max_new_tokens: int = Field(512, ge=1, description="ceiling of a local answer")

@@ -1,4 +1,8 @@
-"""When a task is to be trained: the arithmetic, and what it needs of the store. `flows.dispatch` carries it out."""
+"""When a task is to be trained: the arithmetic, and what it needs of the store. `flows.dispatch` carries it out.
+
+Two kinds of run: a *refit* fits the student's head anew and takes seconds, *training* teaches the base model an
+adapter. A refit goes first: what it costs is nothing beside what an adapter's training does.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,20 @@ from dataclasses import dataclass
 
 from apprentice.config import Settings
 from apprentice.store import Store
-from apprentice.store.records import RunRecord
+from apprentice.store.records import RunKind, RunRecord
+from apprentice.student.halves import halves_of, halves_wanted
 
-__all__ = ["LastRun", "due_reason", "last_run", "training_due"]
+__all__ = ["Due", "LastRun", "due_reason", "due_run", "last_run", "training_due"]
 
 _AGAIN_S, _AGAIN_AT_MOST_S = 900.0, 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A run that is due now, and why, in words."""
+
+    kind: RunKind
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +85,39 @@ def last_run(runs: Sequence[RunRecord], now: float) -> LastRun | None:
 
 
 def due_reason(settings: Settings, store: Store, task: str, now: float) -> str | None:
-    """Why a task is to be trained at ``now`` (Unix seconds), or a run of it taken up again; None if it is not."""
+    """Why a run of a task is due at ``now``, in words; None if none is. See `due_run`."""
+    due = due_run(settings, store, task, now)
+    return None if due is None else due.reason
+
+
+def due_run(settings: Settings, store: Store, task: str, now: float) -> Due | None:
+    """The run that a task is due at ``now`` (Unix seconds), an unfinished one to be taken up included; None if none."""
     unfinished = store.open_run(task)
     if unfinished is not None:
-        return f"resumes: {unfinished.reason}"
-    state = store.policy_row(task)
-    return training_due(
-        store.example_totals(task).kept,
-        last_run(store.runs(task), now),
+        return Due(unfinished.kind, f"resumes: {unfinished.reason}")
+    state, runs, kept = store.policy_row(task), store.runs(task), store.example_totals(task).kept
+    wanted, student = halves_wanted(settings, task), settings.local.student
+    serving = store.version(task, state.champion) if state.champion is not None else None
+    # A version with no head, trained before there were any, gets one with its next adapter.
+    if wanted.head and ("head" in halves_of(serving) if serving is not None else wanted.alone):
+        reason = training_due(
+            kept,
+            last_run(runs, now),  # of either kind: training fits the head, too
+            first_at=student.head_from,
+            batch=student.refit_every,
+            growth=student.refit_growth,
+        )
+        if reason is not None:
+            return Due("refit", reason)
+    if not wanted.lora:
+        return None
+    reason = training_due(
+        kept,
+        last_run([run for run in runs if run.kind == "train"], now),
         first_at=settings.task(task).confidence_thresholds.phase1_to_phase2,
         batch=settings.local.fine_tune_batch_size,
         growth=settings.local.fine_tune_growth,
         escalated=state.training_due,
         has_champion=state.champion is not None,
     )
+    return None if reason is None else Due("train", reason)

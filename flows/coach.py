@@ -1,4 +1,7 @@
-"""Coaching a task: curate, finetune, validate, promote, as one Prefect flow that resumes where it was killed."""
+"""Coaching a task: curate, finetune, assemble, validate, promote, as one Prefect flow that resumes where it was killed.
+
+A refit of the head leaves finetune out.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ from apprentice.config import Settings
 from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, LeaseLost, MissingExtra, TrainingError
 from apprentice.events.kinds import EventKind
 from apprentice.local.engine import Engine
-from apprentice.store.records import RunRecord, RunState
+from apprentice.store.records import RunKind, RunRecord, RunState
+from flows.assemble import assemble
 from flows.cancellation import Cancellation, RunCancelled
 from flows.curate import curate
 from flows.finetune import finetune
@@ -79,7 +83,9 @@ def coach(config: str, task: str, run: str) -> bool | State[Any]:
             for check in shop.checks:
                 check()
             curate(config, task, run)
-            finetune(config, task, run)
+            if run_of(shop, task, run).kind == "train":
+                finetune(config, task, run)
+            assemble(config, task, run)
             validate(config, task, run)
             return promote(config, task, run)
     except RunCancelled as cancelled:
@@ -91,11 +97,12 @@ def coach_task(
     task: str,
     *,
     reason: str,
+    kind: RunKind = "train",
     engine: Engine | None = None,
     progress: Callable[[str, float], None] = lambda _step, _done: None,
     clock: Callable[[], float] = time.time,
 ) -> CoachResult:
-    """Train a task now, in this process, or resume its unfinished run.
+    """Train a task now, or refit its head, in this process, or resume its unfinished run.
 
     ``engine`` is the one that serves, where it lives in this process too. ``progress`` hears each step's name and the
     share of it done. A run that fails is tried three times, an error that trying again cannot help once; then it is
@@ -108,11 +115,12 @@ def coach_task(
         with held_lease(opened.store, task) as held:
             cancellation = Cancellation()
             shop = opened.under(held, cancellation.check)
-            run = begin(shop, task, reason)
+            run = begin(shop, task, reason, kind)
             if run.attempts > MOST_ATTEMPTS:
                 again = f"the worker was killed {MOST_ATTEMPTS} times in the step {run.step!r}; see its memory and disk"
                 return _result(shop, _fail(shop, run, again), time.monotonic() - started)
-            shop.judge.training_started(task)
+            if run.kind == "train":
+                shop.judge.training_started(task)
             with prefect_at(settings), at_hand(shop), tags(f"task:{task}"):
                 try:
                     run = _carry_out(shop, run)

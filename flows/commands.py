@@ -16,6 +16,7 @@ from apprentice.cli import config_option
 from apprentice.config import Settings, load_settings
 from apprentice.errors import Problem, TrainingError, UnknownTask
 from apprentice.store.records import PromotedBy
+from apprentice.student.halves import halves_wanted
 
 __all__ = ["abandon", "coach", "observe", "promote", "rollback", "up"]
 
@@ -33,7 +34,7 @@ def _settings(config: Path, task: str | None = None) -> Settings:
 @click.command()
 @click.argument("task", required=False)
 @config_option
-@click.option("--now", is_flag=True, help="Train TASK now, due or not, and exit.")
+@click.option("--now", is_flag=True, help="Train TASK now (fit its head, if it has no adapter), due or not, and exit.")
 def coach(task: str | None, config: Path, now: bool) -> None:
     """Watch the store and train what is due, or train TASK --now.
 
@@ -54,6 +55,7 @@ def coach(task: str | None, config: Path, now: bool) -> None:
                 settings,
                 task,
                 reason="asked for by a person",
+                kind="train" if halves_wanted(settings, task).lora else "refit",
                 progress=lambda step, done: bar.update(shown, description=step, completed=done),
             )
         click.echo(f"{task}: {result.in_words} ({result.trained_on} examples, {result.wall_s:.0f} s)")

@@ -16,7 +16,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
 
 from apprentice.config import load_settings
+from apprentice.due import Due
 from apprentice.errors import TrainingError
+from apprentice.store.records import RunKind
 from flows.coach import coach_task
 from flows.dispatch import due_tasks, follow_all, say_watched
 from flows.lease import Busy, training_lease, worker
@@ -41,24 +43,27 @@ def coach_due(config: str) -> dict[str, str]:
     try:
         say_watched(shop, worker(), _WATCHED_S)
         follow_all(shop)
-        for task, reason in due_tasks(settings, shop):
+        for task, due in due_tasks(settings, shop):
             if shop.store.lease(training_lease(task)) is not None:
                 found[task] = "is in training"
             elif _waits(task):
                 found[task] = "waits for a worker"
             else:
-                found[task] = f"started, because: {reason}"
-                _start(config, task, reason)
+                found[task] = f"started, because: {due.reason}"
+                _start(config, task, due)
     finally:
         shop.close()
     return found
 
 
 @flow(name="train", flow_run_name="train-{task}", log_prints=False)
-def train(config: str, task: str, reason: str = "asked for in Prefect") -> str | State[Any]:
-    """Train one task now, or resume its unfinished run; returns how that ended. If training fails, the flow does."""
+def train(config: str, task: str, reason: str = "asked for in Prefect", kind: RunKind = "train") -> str | State[Any]:
+    """Train one task now, or refit its head, or resume its unfinished run; returns how that ended.
+
+    If training fails, the flow does.
+    """
     try:
-        result = coach_task(load_settings(config), task, reason=reason)
+        result = coach_task(load_settings(config), task, reason=reason, kind=kind)
     except Busy as busy:
         return Cancelled(message=str(busy))
     if result.state == "cancelled":
@@ -77,8 +82,8 @@ def _waits(task: str) -> bool:
         return bool(client.read_flow_runs(flow_run_filter=on_its_way, limit=1))
 
 
-def _start(config: str, task: str, reason: str) -> None:
-    parameters = {"config": config, "task": task, "reason": reason}
+def _start(config: str, task: str, due: Due) -> None:
+    parameters = {"config": config, "task": task, "reason": due.reason, "kind": due.kind}
     try:
         run_deployment(TRAIN, parameters=parameters, timeout=0, tags=[f"task:{task}"], as_subflow=False)
     except ObjectNotFound as error:

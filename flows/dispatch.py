@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from apprentice import secrets
 from apprentice.config import Settings
-from apprentice.due import due_reason
+from apprentice.due import Due, due_run
 from apprentice.errors import ApprenticeError
 from apprentice.local.engine import Engine
 from flows.coach import CoachResult, coach_task
@@ -57,11 +57,14 @@ def watch(
         while not stop.wait(pause_s):
             pause_s = poll_s
             failed = False
-            for task, reason in due_tasks(settings, shop):
+            for task, due in due_tasks(settings, shop):
                 if stop.is_set():
                     break
                 try:
-                    told(task, coach_task(settings, task, reason=reason, engine=engine, progress=go_on))
+                    told(
+                        task,
+                        coach_task(settings, task, reason=due.reason, kind=due.kind, engine=engine, progress=go_on),
+                    )
                 except Busy:
                     continue  # another worker is at it
                 except Exception:  # noqa: BLE001  # a watch that dies trains nothing any more; the run is kept and taken up again
@@ -79,14 +82,14 @@ def watch(
         shop.close()
 
 
-def due_tasks(settings: Settings, shop: Workshop) -> list[tuple[str, str]]:
-    """The tasks to train now and why, escalations first."""
+def due_tasks(settings: Settings, shop: Workshop) -> list[tuple[str, Due]]:
+    """The tasks to train now and why: refits first, which take seconds, then escalations."""
     due = [
-        (task.name, reason)
+        (task.name, run)
         for task in settings.tasks
-        if (reason := due_reason(settings, shop.store, task.name, shop.clock())) is not None
+        if (run := due_run(settings, shop.store, task.name, shop.clock())) is not None
     ]
-    return sorted(due, key=lambda pair: "escalated" not in pair[1])
+    return sorted(due, key=lambda pair: (pair[1].kind != "refit", "escalated" not in pair[1].reason))
 
 
 def follow_registry(settings: Settings, stop: threading.Event, poll_s: float = POLL_S) -> None:

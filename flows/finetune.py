@@ -1,4 +1,4 @@
-"""Step 2: train an adapter on the curated dataset and register it as a candidate."""
+"""Step 2: train an adapter on the curated dataset."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from apprentice import secrets
-from apprentice.local.adapter import stored_path
-from apprentice.store.records import RunRecord, VersionRecord
+from apprentice.store.records import RunRecord
 from flows.bill import close_training, reserve_training, settle_training
 from flows.dataset import load_dataset
 from flows.runs import advance, run_of
 from flows.steps import Trained, read_result, write_result
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, TrainingNotStarted, build_trainer
+from flows.trainers import Progress, TrainingJob, TrainingNotStarted, build_trainer
 from flows.workshop import Workshop, workshop
 
 __all__ = ["finetune", "finetune_run"]
@@ -28,7 +27,7 @@ _log = secrets.logger("apprentice.coach")
 
 @flow(name="finetune", flow_run_name="finetune-{task}", log_prints=False)
 def finetune(config: str, task: str, run: str) -> str:
-    """Train a run's dataset; returns the version's name."""
+    """Train a run's dataset; returns the adapter's name."""
     artifact: list[Any] = []
 
     def show(done: float) -> None:
@@ -43,7 +42,7 @@ def finetune(config: str, task: str, run: str) -> str:
 
 
 def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: None) -> Trained:
-    """Train, or take up what an earlier attempt trained. One dataset and recipe is registered once."""
+    """Train, or take up what an earlier attempt trained."""
     bench = shop.bench(run)
     known = read_result(bench, "trained")
     if known is not None:
@@ -79,7 +78,25 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
         close_training(shop, run, unbilled=True)
         raise
     settle_training(shop, held, adapter)
-    trained = _register(shop, run, adapter, held_out=dataset.card.held_out, tracked=tracked)
+    tracked.params({**adapter.recipe, "base_model": adapter.base_model, "trained_on": adapter.trained_on})
+    tracked.params({f"toolchain.{name}": version for name, version in adapter.toolchain.items()})
+    tracked.metrics({"train_wall_s": adapter.wall_s, "train_tokens": float(adapter.tokens)}, at_s=shop.clock())
+    trained = Trained(
+        adapter.name,
+        str(adapter.folder),
+        adapter.trained_on,
+        dataset.card.held_out,
+        adapter.base_model,
+        adapter.remote_model,
+        {
+            "recipe": dict(adapter.recipe),
+            "toolchain": dict(adapter.toolchain),
+            "wall_s": adapter.wall_s,
+            "tokens": adapter.tokens,
+            "loss": adapter.loss,
+            "left_out": adapter.left_out,
+        },
+    )
     write_result(bench, "trained", trained)
     return trained
 
@@ -108,50 +125,3 @@ def training_job(shop: Workshop, run: RunRecord, dataset: Path) -> TrainingJob:
         instructions=task.instructions,
         input_schema=task.input_schema,
     )
-
-
-def _register(shop: Workshop, run: RunRecord, adapter: TrainedAdapter, *, held_out: int, tracked: Any) -> Trained:
-    shop.confirm()
-    tracked.params({**adapter.recipe, "base_model": adapter.base_model, "trained_on": adapter.trained_on})
-    tracked.params({f"toolchain.{name}": version for name, version in adapter.toolchain.items()})
-    tracked.metrics({"train_wall_s": adapter.wall_s, "train_tokens": float(adapter.tokens)}, at_s=shop.clock())
-    tracked.folder(adapter.folder, "adapter")
-    number = shop.tracking.register(
-        run.task,
-        adapter.name,
-        tracked,
-        tags={
-            "apprentice.status": "candidate",
-            "apprentice.data_digest": run.data_digest,
-            "apprentice.base_model": adapter.base_model,
-            "apprentice.trained_on": str(adapter.trained_on),
-            "apprentice.run": run.id,
-        },
-        description=f"Trained on {adapter.trained_on} examples (dataset {run.data_digest[:12]}); not judged yet.",
-    )
-    shop.store.add_version(
-        VersionRecord(
-            name=adapter.name,
-            task=run.task,
-            status="candidate",
-            adapter=stored_path(shop.settings.model_dir, adapter.folder),
-            base_model=adapter.base_model,
-            trained_on=adapter.trained_on,
-            held_out=held_out,
-            data_digest=run.data_digest,
-            mlflow_version=number,
-            reason="waits for the gate",
-            record={
-                "recipe": dict(adapter.recipe),
-                "toolchain": dict(adapter.toolchain),
-                "wall_s": adapter.wall_s,
-                "tokens": adapter.tokens,
-                "loss": adapter.loss,
-                "left_out": adapter.left_out,
-            },
-            created_at=shop.clock(),
-            remote_model=adapter.remote_model,
-        )
-    )
-    shop.store.update_run(run.id, version=adapter.name)
-    return Trained(adapter.name, str(adapter.folder), number, adapter.trained_on, adapter.remote_model)

@@ -3,6 +3,10 @@
 A candidate must answer within its schema, be better than chance, and not be worse than the champion it replaces. The
 last is a paired, one-sided test on the held-out examples that both answered.
 
+**A refit** of the head goes on where the champion stands: the same method on more answers, which seldom makes it worse,
+and which the checks of what it serves judge anyway. It is refused if it is clearly worse: if the upper bound at the
+same level lies below -margin.
+
 **The test.** Let d_i = candidate's score - champion's score on example i. The candidate passes when a one-sided lower
 confidence bound of mean(d) lies above -margin: mean(d) - z * se > -margin. Whatever the sample, at most
 ``ERROR_RATE`` of the candidates that are exactly the margin worse pass, and fewer of those that are worse still. With
@@ -69,6 +73,7 @@ class Evidence:
     reproduced: float
     pairs: Sequence[Pair] | None
     serving: bool
+    refit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +113,13 @@ def decide(evidence: Evidence, *, coaching_trigger: float, margin: float) -> Ver
         Check("probe_reproduced", evidence.reproduced, 0.99, evidence.reproduced >= 0.99),
         Check("correlation_low", evidence.correlation_low, 0.0, evidence.correlation_low > 0.0),
     ]
-    if evidence.serving:
+    if evidence.serving and not evidence.refit:
         enough = evidence.correlation > coaching_trigger
         checks.append(Check("correlation", evidence.correlation, coaching_trigger, enough))
-    if evidence.pairs is not None:
+    if evidence.pairs and evidence.refit:
+        bound = -paired_bound([Pair(p.champion, p.candidate, p.weight) for p in evidence.pairs], margin=margin)
+        checks.append(Check("not_clearly_worse", bound, -margin, bound >= -margin))
+    elif evidence.pairs is not None and not evidence.refit:
         allowed = allowed_error(effective(evidence.pairs), serving=evidence.serving)
         bound = paired_bound(evidence.pairs, margin=margin, error_rate=allowed)
         checks.append(Check("not_worse_than_champion", bound, -margin, bound > -margin))

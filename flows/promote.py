@@ -1,4 +1,4 @@
-"""Step 4: the gate, and what follows from its verdict."""
+"""Step 5: the gate, and what follows from its verdict."""
 
 from __future__ import annotations
 
@@ -82,7 +82,11 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
     # Promoted by a worker that was killed since, or trained again, to the byte, by a run of its own.
     already = champion == version.name or any(p.version == version.name and p.how == "gate" for p in promotions)
     verdict = decide(
-        evidence(validated, serving=champion is not None and shop.store.policy_row(run.task).phase == 3),
+        evidence(
+            validated,
+            serving=champion is not None and shop.store.policy_row(run.task).phase == 3,
+            refit=run.kind == "refit",
+        ),
         coaching_trigger=task.confidence_thresholds.coaching_trigger,
         margin=shop.settings.local.promotion_margin,
     )
@@ -101,7 +105,14 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
         try:
             if not already:
                 seed = seeds(shop, run, validated)
-                make_champion(shop, version, seed=seed, reason=verdict.reason, since=run.promotions_seen)
+                make_champion(
+                    shop,
+                    version,
+                    seed=seed,
+                    reason=verdict.reason,
+                    since=run.promotions_seen,
+                    carries=validated.carries if champion == validated.champion else None,
+                )
             elif champion == version.name:
                 register_champion(shop, version)
         except ChosenMeanwhile as chosen:
@@ -156,7 +167,7 @@ def _refuse(shop: Workshop, version: VersionRecord, reason: str) -> None:
     show_statuses(shop, version.task)
 
 
-def evidence(validated: Validated, *, serving: bool) -> Evidence:
+def evidence(validated: Validated, *, serving: bool, refit: bool = False) -> Evidence:
     """What the gate looks at, from what validate found."""
     pairs = [Pair(a.score or 0.0, a.champion, a.weight) for a in validated.answers if a.champion is not None]
     return Evidence(
@@ -168,6 +179,7 @@ def evidence(validated: Validated, *, serving: bool) -> Evidence:
         reproduced=validated.reproduced,
         pairs=pairs if validated.champion not in (None, validated.version) else None,
         serving=serving,
+        refit=refit,
     )
 
 
@@ -231,15 +243,25 @@ def make_champion(
     how: PromotedBy = "gate",
     by: str = "the gate",
     since: int | None = None,
+    carries: float | None = None,
 ) -> None:
     """Switch the policy in one transaction, then the registry's aliases. Nothing happens twice.
 
-    Raises `ChosenMeanwhile` where a person has chosen after the promotion ``since``.
+    ``carries`` is the least sampling rate at which it goes on with the champion's evidence; None if it begins with
+    ``seed``. Raises `ChosenMeanwhile` where a person has chosen after the promotion ``since``.
     """
     if shop.store.policy_row(version.task).champion != version.name:
         attempts = attempts_of(shop.store.versions(version.task), version)
         shop.judge.promote(
-            version.task, version.name, seed, attempts=attempts, reason=reason, how=how, by=by, since=since
+            version.task,
+            version.name,
+            seed,
+            attempts=attempts,
+            reason=reason,
+            how=how,
+            by=by,
+            since=since,
+            carries=carries,
         )
     register_champion(shop, version, over_a_persons_move=how != "gate")
 
@@ -296,7 +318,11 @@ def attempts_of(versions: Sequence[VersionRecord], version: VersionRecord) -> in
     ordered = sorted((v for v in versions if v.name != version.name), key=lambda v: v.created_at)
     before = [v for v in reversed(ordered) if v.created_at < version.created_at]
     after = [v for v in ordered if v.created_at >= version.created_at]
-    return 1 + sum(sum(1 for _ in takewhile(lambda v: v.status in _NEVER_CHOSEN, side)) for side in (before, after))
+    tried = sum(sum(1 for _ in takewhile(lambda v: v.status in _NEVER_CHOSEN, side)) for side in (before, after))
+    if version.record.get("kind") == "refit":
+        # Refits that were shadowed and never served have looked at the same examples, each in its turn.
+        tried += sum(1 for _ in takewhile(lambda v: v.record.get("kind") == "refit", before))
+    return 1 + tried
 
 
 def _write_record(

@@ -19,6 +19,7 @@ _WORDS = {
     "correlation_low": "correlation, lower end of its 95 % interval",
     "correlation": "correlation",
     "not_worse_than_champion": "difference from the champion, lower bound",
+    "not_clearly_worse": "difference from the champion, upper bound",
 }
 
 

@@ -29,7 +29,7 @@ from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.figures import Figures
 from apprentice.config import LocalSettings, RemoteSettings, Settings, TrackingSettings, load_settings, require_key
-from apprentice.due import due_reason
+from apprentice.due import Due, due_run
 from apprentice.errors import ConfigError, Problem, UnknownTask
 from apprentice.local.engine import Engine
 from apprentice.phases import Phase
@@ -186,21 +186,22 @@ def _logged(path: Path) -> Iterator[Moment]:
 
 def _train_if_due(apprentice: Apprentice, task_name: str, view: LiveView) -> None:
     parts = apprentice.parts
-    reason = due_reason(parts.settings, parts.store, task_name, time.time())
-    if reason is None:
-        return
-    result = _coached(parts, task_name, reason, view)
-    verdict = "promoted" if result.promoted else f"not promoted: {result.reason}"
-    view.trained(f"trained on {result.trained_on} examples in {result.wall_s:.0f} s: {verdict}")
-    apprentice.wait_until_serving(task_name)
+    while (due := due_run(parts.settings, parts.store, task_name, time.time())) is not None:
+        result = _coached(parts, task_name, due, view)
+        verdict = "promoted" if result.promoted else f"not promoted: {result.reason}"
+        done = "trained on" if due.kind == "train" else "head fitted on"
+        view.trained(f"{done} {result.trained_on} examples in {result.wall_s:.0f} s: {verdict}")
+        apprentice.wait_until_serving(task_name)
 
 
-def _coached(parts: Assembly, task_name: str, reason: str, view: LiveView) -> CoachResult:
+def _coached(parts: Assembly, task_name: str, due: Due, view: LiveView) -> CoachResult:
     """Train. Nobody else trains in a replay's home: a lease that is held was left by a replay that was killed."""
     ends = time.monotonic() + 2 * LEASE_S
     while True:
         try:
-            return coach_task(parts.settings, task_name, reason=reason, engine=parts.engine, progress=view.train)
+            return coach_task(
+                parts.settings, task_name, reason=due.reason, kind=due.kind, engine=parts.engine, progress=view.train
+            )
         except Busy:
             if time.monotonic() > ends:
                 raise

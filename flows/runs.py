@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apprentice import secrets
 from apprentice.errors import TrainingError
-from apprentice.store.records import RunRecord, RunState
+from apprentice.store.records import RunKind, RunRecord, RunState
 from flows.bill import close_training
 from flows.workshop import Workshop
 
@@ -30,13 +30,13 @@ def run_of(shop: Workshop, task: str, run_id: str) -> RunRecord:
     raise TrainingError(f"the store holds no training run {run_id!r} of task {task!r}; start one with apprentice coach")
 
 
-def begin(shop: Workshop, task: str, reason: str) -> RunRecord:
+def begin(shop: Workshop, task: str, reason: str, kind: RunKind = "train") -> RunRecord:
     """The task's unfinished run, its attempts counted, else a new one over all examples there are now."""
     unfinished = shop.store.open_run(task)
     if unfinished is not None:
         return shop.store.update_run(unfinished.id, attempts=unfinished.attempts + 1)
     corpus, high_water = shop.store.corpus(task)
-    return shop.store.start_run(task, high_water, reason, corpus_size=corpus)
+    return shop.store.start_run(task, high_water, reason, corpus_size=corpus, kind=kind)
 
 
 def advance(shop: Workshop, run: RunRecord, step: str) -> None:

@@ -13,25 +13,67 @@ from typing import Any
 
 from flows.dataset import write_whole
 
-__all__ = ["Answered", "Trained", "Validated", "read_result", "write_result"]
+__all__ = ["Answered", "Assembled", "Foretold", "Trained", "Validated", "read_result", "write_result"]
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What finetune leaves: the adapter and its MLflow number."""
+    """What finetune leaves: an adapter, and what the registry is to know of it (``record``)."""
+
+    version: str
+    folder: str
+    trained_on: int
+    held_out: int
+    base_model: str
+    remote_model: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """What a version would have answered to an example that none of its parts was fitted on.
+
+    ``local`` is None where no answer within the schema came; so is ``champion``, or there is none to compare with.
+    """
+
+    id: str
+    local: dict[str, Any] | None
+    confidence: float
+    field_confidence: dict[str, float]
+    champion: dict[str, Any] | None = None
+    champion_confidence: float | None = None
+    champion_field_confidence: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """What assemble leaves: the version and its MLflow number.
+
+    ``answers`` are what it is judged by; None if the engine is to be asked. ``carries`` is the sampling rate at which
+    it may go on with the champion's evidence (`Judge.promote`), None if it begins with its own.
+    """
 
     version: str
     folder: str
     mlflow_version: str
     trained_on: int
     remote_model: str | None = None
+    answers: list[Foretold] | None = None
+    carries: float | None = None
+
+    @classmethod
+    def of_json(cls, data: dict[str, Any]) -> Assembled:
+        """What `read_result` gave."""
+        answers = data["answers"]
+        return cls(**{**data, "answers": None if answers is None else [Foretold(**row) for row in answers]})
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     """One held-out example, answered by the candidate in the serving engine.
 
-    ``score`` and ``confidence`` are None where no answer within the schema came; ``champion`` is the champion's score.
+    ``score`` and ``confidence`` are None where no answer within the schema came; ``champion`` is the champion's score,
+    ``champion_confidence`` what it gave for its own answer (None if that is not known).
     ``weight`` in (0, 1] is the sampling rate over the probability with which the remote's answer was bought: 1 for what
     was bought whatever the request was like, less for a request that was deferred for being hard.
     """
@@ -44,6 +86,7 @@ class Answered:
     confidence: float | None
     champion: float | None = None
     weight: float = 1.0
+    champion_confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +107,8 @@ class Validated:
     reproduced: float
     answers_per_s: float
     notes: list[str] = field(default_factory=list)
+    carries: float | None = None
+    """See `Assembled`."""
 
     @property
     def answered(self) -> float:
@@ -76,7 +121,7 @@ class Validated:
         return sum(a.weight for a in self.answers if a.score is not None)
 
 
-def write_result(bench: Path, name: str, value: Trained | Validated) -> None:
+def write_result(bench: Path, name: str, value: Trained | Assembled | Validated) -> None:
     """Leave a step's result."""
     write_whole(bench / f"{name}.json", json.dumps(asdict(value), ensure_ascii=False) + "\n")
 

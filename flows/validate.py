@@ -1,4 +1,4 @@
-"""Step 3: answer the held-out examples in the engine that will serve, and compare with the champion."""
+"""Step 4: answer the held-out examples in the engine that will serve, and compare with the champion."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from apprentice import secrets
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, chance
-from apprentice.errors import EvaluatorError, OutputError, TrainingError, VersionError
+from apprentice.errors import EvaluatorError, OutputError, Problem, TrainingError, VersionError
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import choose_probes
 from apprentice.schema import Schema
 from apprentice.store.records import RunRecord
+from apprentice.student.halves import halves_of
 from flows.dataset import load_dataset, write_whole
 from flows.gate import ENOUGH
 from flows.runs import advance, run_of
-from flows.steps import Answered, Trained, Validated, read_result, write_result
+from flows.steps import Answered, Assembled, Foretold, Validated, read_result, write_result
 from flows.trainers import read_rows
 from flows.workshop import Workshop, workshop
 
@@ -34,6 +35,7 @@ __all__ = ["figures_of", "validate", "validate_run"]
 _log = secrets.logger("apprentice.coach")
 _CHUNK = 32
 _PROBES = 24
+_MOST_COMPARED = 100_000
 _BASE = "base-of-"
 
 
@@ -63,25 +65,35 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     if known is not None:
         return Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
     advance(shop, run, "validate")
-    trained = Trained(**_needed(bench))
+    trained = Assembled.of_json(_needed(bench))
     # The run may have begun on another machine, or in a home that was moved since.
     folder = adapter_folder(shop.settings.model_dir, run.task, trained.version, trained.folder)
     trained = replace(trained, folder=str(folder))
-    rows = list(read_rows(load_dataset(shop.datasets(run.task), run.data_digest).held_out))
+    dataset = load_dataset(shop.datasets(run.task), run.data_digest)
+    rows = list(read_rows(dataset.held_out))
+    if trained.answers is not None:
+        wanted = {row.id: row for row in [*rows, *read_rows(dataset.train)]}
+        rows = [wanted[known.id] for known in trained.answers if known.id in wanted]
     schema, takes = shop.task(run.task).output_schema, shop.task(run.task).input_schema
     evaluate = shop.judge.bounded_evaluator(run.task)
     engine = shop.engine
     engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
     inputs = [row.input for row in rows]
-    answers = _answer_all(engine, trained.version, inputs, lambda done: shop.advanced("validate", done))
-    rate = len(rows) / max(time.monotonic() - started, 1e-9)
+    asked = inputs if trained.answers is None else inputs[-_PROBES:]
+    told = _answer_all(engine, trained.version, asked, lambda done: shop.advanced("validate", done))
+    rate = len(asked) / max(time.monotonic() - started, 1e-9)
     champion = shop.store.policy_row(run.task).champion
-    champion_scores: dict[str, float] = {}
+    champions: dict[str, _Scored] = {}
     bereft: list[str] = []
-    if champion is not None and champion != trained.version:
+    if trained.answers is not None:
+        answers = [_as_answered(known, trained.version) for known in trained.answers]
+        champions = _foretold_champions(shop, run, champion, trained.answers, {row.id: row.output for row in rows})
+    else:
+        answers = told
+    if trained.answers is None and champion is not None and champion != trained.version:
         try:
-            champion_scores = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
+            champions = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
         except _Lost as error:
             # It serves nobody who starts now. To insist on the comparison would keep its successor out for ever.
             bereft = [f"not compared with the champion {champion}, which cannot be loaded: {error}"]
@@ -109,15 +121,17 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
                 score,
                 dict(parts),
                 confidence,
-                champion_scores.get(row.id),
-                weight=sampling_rate / probability,
+                champions[row.id].score if row.id in champions else None,
+                sampling_rate / probability,
+                champions[row.id].confidence if row.id in champions else None,
             )
         )
     if 2 * len(failed) > len(rows):
         # The gate would refuse it for want of scores, which would be a verdict on the evaluator.
         raise EvaluatorError(f"{len(failed)} of {len(rows)} held-out answers were not scored: {failed[-1]}")
-    active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, inputs, answers)
+    active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, asked, told)
     result = figures_of(judged, evaluate, trained.version, champion, active, reproduced, rate, bereft + notes)
+    result = replace(result, carries=trained.carries)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.metrics(
         {
@@ -136,13 +150,63 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
 
 
 def _needed(bench: Path) -> dict[str, Any]:
-    trained = read_result(bench, "trained")
-    if trained is None:
-        raise TrainingError(f"{bench} holds no trained version; run finetune first")
-    return trained
+    assembled = read_result(bench, "assembled")
+    if assembled is None:
+        raise TrainingError(f"{bench} holds no assembled version; run assemble first")
+    return assembled
 
 
-def _folder(trained: Trained) -> Path | None:
+class _Scored(NamedTuple):
+    """The champion on one example; its confidence is None if it is not known."""
+
+    score: float
+    confidence: float | None
+
+
+def _as_answered(known: Foretold, version: str) -> LocalAnswer | Exception:
+    if known.local is None:
+        return OutputError(version, "local", [Problem("", "no answer within the schema")])
+    return LocalAnswer(known.local, known.confidence, known.field_confidence, version, 0, 0)
+
+
+def _foretold_champions(
+    shop: Workshop,
+    run: RunRecord,
+    champion: str | None,
+    known: Sequence[Foretold],
+    remote: Mapping[str, Mapping[str, Any]],
+) -> dict[str, _Scored]:
+    """The champion beside a version whose answers were foretold.
+
+    A refit is compared where the champion answered live, before anything was learnt from the example; a new adapter
+    with the champion's own, under the same head.
+    """
+    if champion is None:
+        return {}
+    if run.kind == "refit":
+        ids = {one.id for one in known}
+        return {
+            c.request_id: _Scored(c.score, c.confidence)
+            for c in shop.store.comparisons(run.task, version=champion, limit=_MOST_COMPARED)
+            if c.score is not None and not c.seeded and c.request_id in ids
+        }
+    evaluate, scored = shop.judge.bounded_evaluator(run.task), {}
+    for one in known:
+        if one.champion is None:
+            scored[one.id] = _Scored(0.0, 0.0)
+            continue
+        told = LocalAnswer(
+            one.champion, one.champion_confidence or 0.0, one.champion_field_confidence or {}, champion, 0, 0
+        )
+        try:
+            score = evaluate(one.champion, remote[one.id]).score
+        except EvaluatorError:
+            continue  # the two are compared on the others
+        scored[one.id] = _Scored(score, shop.judge.rate(run.task, told).confidence)
+    return scored
+
+
+def _folder(trained: Assembled) -> Path | None:
     return None if trained.remote_model else Path(trained.folder)
 
 
@@ -162,7 +226,7 @@ def _answer_all(
 
 def _champion_scores(
     shop: Workshop, task: str, champion: str, rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
-) -> dict[str, float]:
+) -> dict[str, _Scored]:
     """The champion's score on each held-out example; most are known, from shadowing and from its own gate.
 
     One that cannot be loaded is compared where its score is known. Raises `_Lost` where that is too seldom to tell the
@@ -172,8 +236,8 @@ def _champion_scores(
     evaluate = shop.judge.bounded_evaluator(task)
     remote = {row_id: output for row_id, _, output in rows}
     known = {
-        c.request_id: c.score
-        for c in shop.store.comparisons(task, version=champion, limit=100_000)
+        c.request_id: _Scored(c.score, c.confidence)
+        for c in shop.store.comparisons(task, version=champion, limit=_MOST_COMPARED)
         if c.score is not None and remote.get(c.request_id) == c.remote
     }
     missing = [(row_id, value, output) for row_id, value, output in rows if row_id not in known]
@@ -189,7 +253,11 @@ def _champion_scores(
         answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
         for (row_id, _, output), answer in zip(missing, answers, strict=True):
             try:
-                known[row_id] = evaluate(answer.output, output).score if isinstance(answer, LocalAnswer) else 0.0
+                if isinstance(answer, LocalAnswer):
+                    score = evaluate(answer.output, output).score
+                    known[row_id] = _Scored(score, shop.judge.rate(task, answer).confidence)
+                else:
+                    known[row_id] = _Scored(0.0, 0.0)
             except EvaluatorError:
                 continue  # the two are compared on the others
     return {row_id: known[row_id] for row_id in remote if row_id in known}
@@ -216,7 +284,7 @@ def _load_champion(shop: Workshop, task: str, champion: str) -> None:
 
 def _probe(
     shop: Workshop,
-    trained: Trained,
+    trained: Assembled,
     task: str,
     schema: Schema,
     takes: Schema,
@@ -241,13 +309,17 @@ def _probe(
     reproduced = same / len(chosen) if chosen else 0.0
     if trained.remote_model:
         return True, reproduced, ["served by its vendor: the base model's answers were not compared"]
+    if trained.answers is not None and "lora" not in _halves(shop, task, trained.version):
+        alone = [{"input": dict(value), "output": output} for value, output in chosen]
+        write_whole(Path(trained.folder) / "probe.json", json.dumps(alone, ensure_ascii=False, indent=1) + "\n")
+        return True, reproduced, ["a head alone: there is no base model to compare it with"]
     base = Version(f"{_BASE}{task}", task, None, schema, None, takes)
     engine.load(base)
     try:
         untrained = engine.answer_many(base.name, [value for value, _ in chosen])
     finally:
         shop.let_go(base.name)
-    probes = [
+    probes: list[dict[str, Any]] = [
         {
             "input": dict(value),
             "output": output,
@@ -258,6 +330,11 @@ def _probe(
     write_whole(Path(trained.folder) / "probe.json", json.dumps(probes, ensure_ascii=False, indent=1) + "\n")
     changed = sum(probe["output"] != probe["base_output"] for probe in probes)
     return changed > 0, reproduced, [f"{changed} of {len(probes)} probe answers differ from the base model's"]
+
+
+def _halves(shop: Workshop, task: str, version: str) -> Sequence[str]:
+    record = shop.store.version(task, version)
+    return () if record is None else halves_of(record)
 
 
 def figures_of(

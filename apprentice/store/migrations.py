@@ -330,6 +330,11 @@ def create_promotions(op: Operations) -> None:
     op.add_column("runs", Column("promotions_seen", BigInteger, nullable=False, server_default="0"))
 
 
+def tell_kinds_of_runs(op: Operations) -> None:
+    """All runs so far trained an adapter."""
+    op.add_column("runs", Column("kind", Text, nullable=False, server_default="train"))
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -344,6 +349,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_version_holds,
     bind_caps_and_name_windows,
     create_promotions,
+    tell_kinds_of_runs,
 )
 LATEST = len(_STEPS)
 

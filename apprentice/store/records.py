@@ -41,6 +41,7 @@ NANO = Decimal(1_000_000_000)
 """Nano-dollars in a dollar; money is kept in whole ones."""
 
 type RunState = Literal["running", "completed", "failed", "rejected", "waits_for_review", "cancelled"]
+type RunKind = Literal["train", "refit"]
 type VersionStatus = Literal["candidate", "champion", "rejected", "retired", "rolled_back"]
 type CapChanges = Mapping[str, tuple[Decimal | None, Decimal | None]]
 """What caps were and what they are, by ``scope|period``, in USD; None for no cap."""
@@ -185,6 +186,7 @@ class VersionRecord:
 class RunRecord:
     """A training run. ``data_high_water`` is the last example's ``seq`` that it may have read.
 
+    ``kind``: "train" teaches the base model a new adapter, "refit" fits the student's head anew and keeps the adapter.
     ``promotions_seen`` is the ``seq`` of the task's last promotion when it began: the gate does not overrule what a
     person has decided since.
     """
@@ -203,6 +205,7 @@ class RunRecord:
     started_at: float
     finished_at: float | None
     promotions_seen: int = 0
+    kind: RunKind = "train"
 
 
 @dataclass(frozen=True, slots=True)

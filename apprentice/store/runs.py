@@ -37,7 +37,7 @@ _open = select(*_columns).where(runs.c.task == bindparam("b_task"), runs.c.state
 _changing = [
     c.name
     for c in _columns
-    if c.name not in ("id", "task", "reason", "data_high_water", "started_at", "promotions_seen")
+    if c.name not in ("id", "task", "reason", "data_high_water", "started_at", "promotions_seen", "kind")
 ]
 _update = (
     update(runs).where(runs.c.id == bindparam("b_id")).values({name: bindparam(f"b_{name}") for name in _changing})

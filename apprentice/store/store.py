@@ -34,6 +34,7 @@ from apprentice.store.records import (
     PromotedBy,
     PromotionRecord,
     Reservation,
+    RunKind,
     RunRecord,
     Settlement,
     SpendRow,
@@ -308,7 +309,14 @@ class Store:
     # runs and leases
 
     def start_run(
-        self, task: str, data_high_water: int, reason: str, *, corpus_size: int = 0, run_id: str | None = None
+        self,
+        task: str,
+        data_high_water: int,
+        reason: str,
+        *,
+        corpus_size: int = 0,
+        run_id: str | None = None,
+        kind: RunKind = "train",
     ) -> RunRecord:
         """Record that a training run begins. Raises `StoreError` while another of the task is unfinished."""
         run = RunRecord(
@@ -325,6 +333,7 @@ class Store:
             error="",
             started_at=self._clock(),
             finished_at=None,
+            kind=kind,
         )
         with self._write(durable=True) as tx:
             promoted = versions.history(tx, task)

@@ -178,6 +178,7 @@ runs = Table(
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),
     Column("promotions_seen", BigInteger, nullable=False, server_default="0"),
+    Column("kind", Text, nullable=False, server_default="train"),
 )
 Index("runs_id", runs.c.id, unique=True)
 Index("runs_task", runs.c.task, runs.c.seq)

@@ -18,6 +18,7 @@ from apprentice.errors import OutputError, Problem
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.store import Store
 from apprentice.store.records import ExampleRecord
+from flows.assemble import assemble_run
 from flows.curate import curate_run
 from flows.finetune import finetune_run
 from flows.promote import promote_run
@@ -138,7 +139,7 @@ class Home:
         document = {
             "tasks": [task],
             "remote": {"provider": "anthropic", "model": "claude-sonnet-4-5", "api_key_env": "A_KEY"},
-            "local": {"fine_tune_batch_size": 40, **changes.pop("local", {})},
+            "local": {"fine_tune_batch_size": 40, "student": {"head": False}, **changes.pop("local", {})},
             **changes,
         }
         self.config = folder / "apprentice.yaml"
@@ -210,12 +211,14 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the four steps as plain functions: what Prefect adds to them is tested on its own (test_prefect.py)."""
+    """Run the steps as plain functions: what Prefect adds to them is tested on its own (test_prefect.py)."""
 
     def steps(_config: str, task: str, run: str) -> bool:
         with workshop("") as shop:
             curate_run(shop, run_of(shop, task, run))
-            finetune_run(shop, run_of(shop, task, run))
+            if run_of(shop, task, run).kind == "train":
+                finetune_run(shop, run_of(shop, task, run))
+            assemble_run(shop, run_of(shop, task, run))
             validate_run(shop, run_of(shop, task, run))
             return promote_run(shop, run_of(shop, task, run))[0].promoted
 

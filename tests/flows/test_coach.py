@@ -150,7 +150,7 @@ def test_no_held_out_example_is_ever_trained_on(home: Any, trainer: Any) -> None
 
 def test_a_run_that_breaks_in_any_step_is_resumed(home: Any, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step, broken once, is done again; what came before it is not, and one version is registered."""
-    for module, name in (("finetune", "_register"), ("validate", "figures_of"), ("promote", "make_champion")):
+    for module, name in (("assemble", "_register"), ("validate", "figures_of"), ("promote", "make_champion")):
         whole: Callable[..., Any] = __import__(f"flows.{module}", fromlist=[name]).__dict__[name]
         calls = []
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from apprentice.due import Due
 from apprentice.errors import TrainingError
 from apprentice.store.records import RunRecord
 from flows.cancellation import RunCancelled
@@ -58,16 +59,15 @@ def test_a_watch_trains_what_is_due_and_follows_the_registry(home: Any, trainer:
 
 
 def test_escalations_go_first(make_home: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the order in the configuration, an escalated task is trained before the others."""
+    """Whatever the order in the configuration: refits, which take seconds, then escalated tasks, then the others."""
     home = make_home()
-    reasons = {"mood": "100 new examples since 50"}
-    monkeypatch.setattr("flows.dispatch.due_reason", lambda _settings, _store, task, *_: reasons[task])
-    two = home.settings.model_copy(
-        update={"tasks": (*home.settings.tasks, home.settings.tasks[0].model_copy(update={"name": "late"}))}
-    )
-    reasons["late"] = "escalated"
-    shop = Workshop.open(two)
-    assert [task for task, _ in due_tasks(two, shop)] == ["late", "mood"]
+    runs = {"mood": Due("train", "100 new examples since 50")}
+    monkeypatch.setattr("flows.dispatch.due_run", lambda _settings, _store, task, *_: runs[task])
+    more = [home.settings.tasks[0].model_copy(update={"name": name}) for name in ("late", "quick")]
+    three = home.settings.model_copy(update={"tasks": (*home.settings.tasks, *more)})
+    runs |= {"late": Due("train", "escalated"), "quick": Due("refit", "20 new examples since 100")}
+    shop = Workshop.open(three)
+    assert [task for task, _ in due_tasks(three, shop)] == ["quick", "late", "mood"]
     shop.close()
 
 

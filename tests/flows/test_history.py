@@ -166,7 +166,10 @@ class Story(RuleBasedStateMachine):
     def _promote(self, shop: Workshop, run: Any) -> None:
         verdict = Verdict(self.passes[run.version], "as good as it is", ())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flows.promote.validate_run", lambda *_: SimpleNamespace(version=run.version, champion=None))
+            patch.setattr(
+                "flows.promote.validate_run",
+                lambda *_: SimpleNamespace(version=run.version, champion=None, carries=None),
+            )
             patch.setattr("flows.promote.decide", lambda *_, **__: verdict)
             patch.setattr("flows.promote.evidence", lambda *_, **__: None)
             patch.setattr("flows.promote.seeds", lambda *_: [])

@@ -1,0 +1,377 @@
+"""Step 3: make the version that is to serve: an adapter, a head, and what was learnt of how to combine them.
+
+No half is judged by what it was fitted on. An adapter never sees the held-out examples, so for judging it stands beside
+a head that did not see them either, and so does the champion's adapter: the two students differ in nothing but what is
+to be judged. The head that is to serve is then fitted on everything. A refit, which has a head only to judge, asks for
+each example a head fitted on the others (`fit_head`), and for the first version one fitted on those before it
+(`progressive`): nothing needs to be held out from it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from apprentice import secrets
+from apprentice.errors import OutputError, TrainingError
+from apprentice.local.adapter import adapter_folder, stored_path
+from apprentice.local.engine import LocalAnswer, Version
+from apprentice.phases import Phase
+from apprentice.schema import SchemaError
+from apprentice.store.records import RunRecord, VersionRecord
+from apprentice.student.combiner import Combined, Combiner, HeadAnswer, fit_combiner
+from apprentice.student.encoder import load_encoder
+from apprentice.student.files import OWN, Student, adapter_of, read_student, student_name, write_student
+from apprentice.student.fitting import fit_head, progressive
+from apprentice.student.halves import halves_of, halves_wanted
+from apprentice.student.head import Head
+from flows.dataset import CuratedDataset, load_dataset, write_whole
+from flows.embeddings import RememberingEncoder
+from flows.runs import advance, run_of
+from flows.steps import Assembled, Foretold, Trained, read_result, write_result
+from flows.trainers import TrainingRow, read_rows
+from flows.workshop import Workshop, workshop
+
+__all__ = ["assemble", "assemble_run"]
+
+_log = secrets.logger("apprentice.coach")
+_HELD_BACK = "held_back.json"
+"""Beside a student: what its head said of each example when fitted on the others. Decides no answer."""
+_FEWEST_TESTED = 40
+_MOST_JUDGED = 2000  # the newest examples that a refitted head is judged and calibrated by
+_MOST_ASKED = 200  # of them, if an adapter has to answer them, too
+_STUDENTS_OWN = ("student.json", "probe.json", "promotion.md", _HELD_BACK)
+_CHUNK = 32
+# A new head that changes one served answer in a hundred is checked at least at this many times that rate.
+_CHECKS_PER_CHANGE = 5.0
+
+
+@flow(name="assemble", flow_run_name="assemble-{task}", log_prints=False)
+def assemble(config: str, task: str, run: str) -> str:
+    """Assemble a run's version; returns its name."""
+    with workshop(config, task) as shop:
+        return assemble_run(shop, run_of(shop, task, run)).version
+
+
+def assemble_run(shop: Workshop, run: RunRecord) -> Assembled:
+    """Assemble and register, or take up what an earlier attempt assembled."""
+    bench = shop.bench(run)
+    known = read_result(bench, "assembled")
+    if known is not None:
+        return Assembled.of_json(known)
+    advance(shop, run, "assemble")
+    dataset = load_dataset(shop.datasets(run.task), run.data_digest)
+    if run.kind == "refit":
+        made = _Maker(shop, run, dataset).refitted()
+    else:
+        trained = read_result(bench, "trained")
+        if trained is None:
+            raise TrainingError(f"{bench} holds no trained adapter; run finetune first")
+        made = _Maker(shop, run, dataset).trained(Trained(**trained))
+    write_result(bench, "assembled", made)
+    return made
+
+
+class _Maker:
+    """Assembles one run's version."""
+
+    def __init__(self, shop: Workshop, run: RunRecord, dataset: CuratedDataset) -> None:
+        self.shop, self.run, self.dataset = shop, run, dataset
+        self.task = shop.task(run.task)
+        self.schema = self.task.output_schema
+        self.evaluate = shop.judge.bounded_evaluator(run.task)
+        champion = shop.store.policy_row(run.task).champion
+        self.champion = shop.store.version(run.task, champion) if champion is not None else None
+        self.serving = shop.store.policy_row(run.task).phase == Phase.SERVE
+
+    # -- the two kinds of run --------------------------------------------------------------------------------------
+
+    def trained(self, trained: Trained) -> Assembled:
+        """A new adapter, beside a head if the task has one."""
+        if trained.remote_model or not halves_wanted(self.shop.settings, self.run.task).head:
+            number = _register(self.shop, self.run, trained.version, Path(trained.folder), trained, ("lora",))
+            return Assembled(trained.version, trained.folder, number, trained.trained_on, trained.remote_model)
+        # The run may have begun on another machine, or in a home that was moved since.
+        folder = adapter_folder(self.shop.settings.model_dir, self.run.task, trained.version, trained.folder)
+        train, held_out = list(read_rows(self.dataset.train)), list(read_rows(self.dataset.held_out))
+        encoder = self._encoder()
+        blind = fit_head(self.schema, *_columns(train), encoder=encoder).head
+        inputs, outputs = _columns(held_out)
+        heads = blind.predict(inputs)
+        loras = self._asked(trained.version, folder, inputs)
+        fit = fit_combiner(self.schema, blind.fields, heads, loras, outputs, evaluator=self.evaluate)
+        champions = self._champions(blind, heads, inputs, outputs)
+        answers = [
+            _foretold(row, answer, None if champions is None else champions[at])
+            for at, (row, answer) in enumerate(zip(held_out, fit.answers, strict=True))
+        ]
+        everything = self._in_order(train + held_out)
+        fitted = fit_head(self.schema, *_columns(everything), encoder=encoder)
+        encoder.save()
+        student = Student(fitted.head.encoder, OWN, fit.sure, fit.combiner.to_json())
+        name, there = self._write(student, fitted.head, everything, fitted.held_back, adapter=folder)
+        number = _register(self.shop, self.run, name, there, trained, ("head", "lora"))
+        return Assembled(name, str(there), number, trained.trained_on, None, answers)
+
+    def refitted(self) -> Assembled:
+        """The head anew on all examples, beside the champion's adapter."""
+        rows = self._in_order([*read_rows(self.dataset.train), *read_rows(self.dataset.held_out)])
+        encoder = self._encoder()
+        inputs, outputs = _columns(rows)
+        fitted = fit_head(self.schema, inputs, outputs, encoder=encoder)
+        before = None if self.champion is None else read_student(self._folder(self.champion))
+        shared = None if before is None or self.champion is None else before.adapter
+        if shared == OWN and self.champion is not None:
+            shared = self.champion.name
+        judged = rows[-(_MOST_ASKED if shared else _MOST_JUDGED) :]
+        first = len(rows) - len(judged)
+        held_back = fitted.held_back[first:]
+        sure: float | None = None
+        if shared is not None and before is not None:
+            sure, learnt = before.sure, before.combiner
+            combiner = self._combiner(fitted.head, learnt)
+            loras = self._adapter_says(self._folder(self.champion), before, inputs[first:])
+            answers = [_combined(combiner, sure, h, a) for h, a in zip(held_back, loras, strict=True)]
+        else:
+            nobody: list[LocalAnswer | None] = [None] * len(judged)
+            fit = fit_combiner(
+                self.schema, fitted.head.fields, held_back, nobody, outputs[first:], evaluator=self.evaluate
+            )
+            answers, learnt = list(fit.answers), fit.combiner.to_json()
+            if not self.serving:
+                # These answers are what its trust begins with, so not even a ridge may have been chosen with them.
+                tests = progressive(self.schema, inputs, outputs, encoder=encoder)[first:]
+                tested = fit_combiner(
+                    self.schema, fitted.head.fields, tests, nobody, outputs[first:], evaluator=self.evaluate
+                ).answers
+                # The newer half: the heads that gave the older answers knew little.
+                newer = _worth(len(tested))
+                answers = [None if at < len(tested) - newer else one for at, one in enumerate(tested)]
+        encoder.save()
+        foretold = [
+            _foretold(row, answer, None) for row, answer in zip(judged, answers, strict=True) if answer is not None
+        ]
+        student = Student(fitted.head.encoder, shared, sure, learnt)
+        name, there = self._write(student, fitted.head, rows, fitted.held_back)
+        base = fitted.head.encoder if shared is None else self.shop.settings.local.base_model
+        made = Trained(name, str(there), len(rows), self.dataset.card.held_out, base, record={"head": "refitted"})
+        number = _register(self.shop, self.run, name, there, made, ("head",) if shared is None else ("head", "lora"))
+        return Assembled(name, str(there), number, len(rows), None, foretold, self._carries(rows, fitted.held_back))
+
+    # -- what the halves say ---------------------------------------------------------------------------------------
+
+    def _encoder(self) -> RememberingEncoder:
+        local = self.shop.settings.local
+        return RememberingEncoder(
+            load_encoder(local.encoder, self.shop.settings.root), self.shop.datasets(self.run.task)
+        )
+
+    def _asked(self, name: str, folder: Path, inputs: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | None]:
+        """What an adapter answers by itself; None for an input to which its answer does not fit."""
+        engine = self.shop.engine
+        held = {one.name for one in engine.loaded()}
+        engine.load(Version(name, self.run.task, folder, self.schema, None, self.task.input_schema))
+        answers: list[LocalAnswer | None] = []
+        try:
+            for start in range(0, len(inputs), _CHUNK):
+                for answer in engine.answer_many(name, inputs[start : start + _CHUNK]):
+                    if isinstance(answer, Exception) and not isinstance(answer, OutputError):
+                        raise answer
+                    answers.append(answer if isinstance(answer, LocalAnswer) else None)
+                self.shop.advanced("assemble", min(len(answers), len(inputs)) / max(1, len(inputs)))
+        finally:
+            if name not in held:
+                self.shop.let_go(name)
+        return answers
+
+    def _adapter_says(
+        self, folder: Path, student: Student, inputs: Sequence[Mapping[str, Any]]
+    ) -> list[LocalAnswer | None]:
+        """What a student's adapter answers by itself, taken out of the student's folder."""
+        found = adapter_of(folder, student)
+        if found is None:
+            return [None] * len(inputs)
+        name, there = found
+        plain = self.shop.bench(self.run) / name
+        plain.mkdir(exist_ok=True)
+        for file in there.iterdir():
+            if file.name not in _STUDENTS_OWN and not file.name.startswith("head.") and file.is_file():
+                shutil.copy2(file, plain / file.name)
+        try:
+            return self._asked(name, plain, inputs)
+        finally:
+            shutil.rmtree(plain, ignore_errors=True)
+
+    def _champions(
+        self,
+        blind: Head,
+        heads: Sequence[HeadAnswer],
+        inputs: Sequence[Mapping[str, Any]],
+        outputs: Sequence[Mapping[str, Any]],
+    ) -> list[Combined | None] | None:
+        """The held-out answers of a student with the champion's adapter and a head that did not see them.
+
+        None if there is no champion, or it has no head: then validate asks it as it is.
+        """
+        if self.champion is None or "head" not in halves_of(self.champion):
+            return None
+        folder = self._folder(self.champion)
+        student = read_student(folder)
+        if student is None:
+            raise TrainingError(f"{folder} holds no student, and the store says that it does; restore the folder")
+        loras = self._adapter_says(folder, student, inputs)
+        return fit_combiner(self.schema, blind.fields, heads, loras, outputs, evaluator=self.evaluate).answers
+
+    def _combiner(self, head: Head, learnt: Mapping[str, Any] | None) -> Combiner:
+        try:
+            return Combiner.of_json(self.schema, head.fields, learnt)
+        except ValueError as error:
+            raise TrainingError(f"the champion's halves cannot be combined under today's schema: {error}") from None
+
+    def _carries(self, rows: Sequence[TrainingRow], held_back: Sequence[HeadAnswer]) -> float | None:
+        """At which sampling rate a successor may go on with the champion's evidence; None if it begins with its own.
+
+        That is what it does while nothing is served: of many refits in a row that each go on with all that the weakest
+        of them has earned, none would ever serve, and each is counted as an attempt (`flows.promote.attempts_of`).
+
+        Five times the share of answers that differ between the two heads, both asked for examples that they were not
+        fitted on; of few examples, the larger end of what the share may be.
+        """
+        if self.champion is None or not self.serving:
+            return None
+        try:
+            before = json.loads((self._folder(self.champion) / _HELD_BACK).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 1.0
+        now = dict(zip((row.id for row in rows), map(_choices, held_back), strict=True))
+        both = [(before[row_id], now[row_id]) for row_id in now if row_id in before]
+        changed = sum(a != b for a, b in both)
+        share = (changed + 1.0) / (len(both) + 2.0)
+        return float(min(1.0, _CHECKS_PER_CHANGE * share))
+
+    # -- writing it down -------------------------------------------------------------------------------------------
+
+    def _in_order(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """In the order in which the examples came."""
+        place = {example.id: at for at, example in enumerate(self.shop.store.examples(self.run.task))}
+        return sorted(rows, key=lambda row: place.get(row.id, -1))
+
+    def _folder(self, version: VersionRecord | None) -> Path:
+        folder = None if version is None else self.shop.version_folder(version)
+        if folder is None or not folder.is_dir():
+            name = None if version is None else version.name
+            raise TrainingError(f"version {name} has no folder {folder}; restore it, or choose another champion")
+        return folder
+
+    def _write(
+        self,
+        student: Student,
+        head: Head,
+        rows: Sequence[TrainingRow],
+        held_back: Sequence[HeadAnswer],
+        *,
+        adapter: Path | None = None,
+    ) -> tuple[str, Path]:
+        """The student's folder, under its name; whole or not at all."""
+        home = self.shop.adapters(self.run.task)
+        work = home / f".assembling-{self.run.id}"
+        shutil.rmtree(work, ignore_errors=True)
+        if adapter is not None:
+            shutil.copytree(adapter, work, ignore=shutil.ignore_patterns("probe.json", "promotion.md"))
+        work.mkdir(parents=True, exist_ok=True)
+        head.save(work)
+        write_student(work, student)
+        said = dict(zip((row.id for row in rows), map(_choices, held_back), strict=True))
+        write_whole(work / _HELD_BACK, json.dumps(said, separators=(",", ":")) + "\n")
+        name = student_name(work)
+        there = home / name
+        if there.is_dir():
+            shutil.rmtree(work)  # the same content was assembled before
+        else:
+            work.rename(there)
+        return name, there
+
+
+def _register(shop: Workshop, run: RunRecord, name: str, folder: Path, trained: Trained, halves: Sequence[str]) -> str:
+    shop.confirm()
+    tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
+    tracked.params({"halves": "+".join(halves), "base_model": trained.base_model, "trained_on": trained.trained_on})
+    if not trained.remote_model:
+        tracked.folder(folder, "adapter")
+    number = shop.tracking.register(
+        run.task,
+        name,
+        tracked,
+        tags={
+            "apprentice.status": "candidate",
+            "apprentice.data_digest": run.data_digest,
+            "apprentice.base_model": trained.base_model,
+            "apprentice.trained_on": str(trained.trained_on),
+            "apprentice.halves": "+".join(halves),
+            "apprentice.run": run.id,
+        },
+        description=f"Learnt from {trained.trained_on} examples (dataset {run.data_digest[:12]}); not judged yet.",
+    )
+    shop.store.add_version(
+        VersionRecord(
+            name=name,
+            task=run.task,
+            status="candidate",
+            adapter=stored_path(shop.settings.model_dir, folder),
+            base_model=trained.base_model,
+            trained_on=trained.trained_on,
+            held_out=trained.held_out,
+            data_digest=run.data_digest,
+            mlflow_version=number,
+            reason="waits for the gate",
+            record={**trained.record, "halves": list(halves), "kind": run.kind},
+            created_at=shop.clock(),
+            remote_model=trained.remote_model,
+        )
+    )
+    shop.store.update_run(run.id, version=name)
+    return number
+
+
+def _worth(rows: int) -> int:
+    return min(rows, max(_FEWEST_TESTED, rows // 2))
+
+
+def _columns(rows: Sequence[TrainingRow]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    return [row.input for row in rows], [row.output for row in rows]
+
+
+def _choices(answer: HeadAnswer | None) -> list[int] | None:
+    """Which value a head chose of each field, by its place."""
+    return None if answer is None else [int(p.argmax()) for p in answer.probabilities.values()]
+
+
+def _combined(
+    combiner: Combiner, sure: float | None, head: HeadAnswer | None, lora: LocalAnswer | None
+) -> Combined | None:
+    """What a student answers: its head alone if that is sure, else both."""
+    try:
+        if head is not None and sure is not None and combiner.is_finite:
+            alone = combiner.combine(head, None)
+            if alone.confidence >= sure:
+                return alone
+        return combiner.combine(head, lora)
+    except SchemaError:
+        return None
+
+
+def _foretold(row: TrainingRow, answer: Combined | None, champion: Combined | None) -> Foretold:
+    return Foretold(
+        row.id,
+        None if answer is None else answer.output,
+        0.0 if answer is None else answer.confidence,
+        {} if answer is None else dict(answer.field_confidence),
+        None if champion is None else champion.output,
+        None if champion is None else champion.confidence,
+        None if champion is None else dict(champion.field_confidence),
+    )

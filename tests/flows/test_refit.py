@@ -1,0 +1,230 @@
+"""Students of two halves: heads fitted within seconds, adapters that must win their place beside them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apprentice.due import due_run
+from apprentice.local import adapter as adapters
+from apprentice.store.records import ComparisonRecord, ExampleRecord
+from apprentice.student.engine import StudentEngine, load_head
+from apprentice.student.files import OWN, read_student
+from flows.coach import CoachResult, coach_task
+from flows.trainers import Progress, TrainedAdapter, TrainingJob
+from tests.flows.conftest import MOODS, WITH_PREFECT_AND_MLFLOW, Home, RoteTrainer
+
+pytestmark = WITH_PREFECT_AND_MLFLOW
+
+SAID = {
+    "glad": ("we won the match", "the sun is out and we danced", "she said yes and we married", "I passed the exam"),
+    "sad": ("my grandfather died", "I lost my oldest friend", "nobody came to the funeral", "the dog never came back"),
+    "angry": ("he lied to my face", "they stole my bicycle again", "the neighbour shouted all night", "I was cheated"),
+}
+
+
+PLACES = ("Rome", "a small bar", "the office kitchen", "Lagos", "an old train", "the park", "Oslo harbour")
+PEOPLE = ("Ann", "my late uncle", "the postman", "Professor Ito", "a stranger", "our landlady", "Grandma", "Zoe", "Max")
+
+
+class Writer(RoteTrainer):
+    """Writes whole adapters, which have a name by their content."""
+
+    def train(self, job: TrainingJob, progress: Callable[[Progress], None]) -> TrainedAdapter:
+        made = super().train(job, progress)
+        for name in (adapters.CONFIG, adapters.FRAME):
+            (made.folder / name).write_text("{}")
+        folder = made.folder.with_name(adapters.content_name(made.folder))
+        made.folder.rename(folder)
+        recipe, toolchain = {"lora_rank": 4}, {"rote": "1"}
+        return TrainedAdapter(folder.name, folder, "rote", made.trained_on, 0, 2, 20, 1.0, 0.5, recipe, toolchain)
+
+
+@pytest.fixture
+def teller(make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """A task whose inputs say what the answer is, and students in its engine."""
+    home = make_home(local={"student": {"head_from": 60}}, task={"confidence_thresholds": {"phase1_to_phase2": 10_000}})
+    rote = home.engine
+    home.engine = StudentEngine(lambda: rote, lambda folder: load_head(folder, home.settings.root))  # type: ignore[assignment]
+    tell(home, 60)
+    yield home
+    home.engine.close()
+
+
+def tell(home: Home, count: int) -> None:
+    start = home.store.count_examples("mood")
+    for i in range(start, start + count):
+        mood = MOODS[i * 7 % 3]
+        where, who = PLACES[i * 5 % len(PLACES)], PEOPLE[i * 3 % len(PEOPLE)]
+        text = f"{who} told me in {where}, when it was {i} degrees: {SAID[mood][i // 3 % 4]}"
+        home.truth[text] = mood
+        example = ExampleRecord(f"r{i}", "mood", {"text": text}, {"mood": mood}, "anthropic", "a-model", float(i))
+        home.store.add_example(example)
+
+
+def coached(home: Home) -> CoachResult:
+    due = due_run(home.settings, home.store, "mood", time.time())
+    assert due is not None
+    return coach_task(home.settings, "mood", reason=due.reason, kind=due.kind, engine=home.engine)
+
+
+def live(home: Home, version: str, count: int) -> None:
+    """Comparisons of requests that a version answered before it learnt from them."""
+    judge_rows = list(home.store.examples("mood"))[-count:]
+    for row in judge_rows:
+        answer = home.engine.answer(version, row.input, deadline_s=5.0)
+        score = float(answer.output == row.output)
+        record = ComparisonRecord(
+            id=f"c-{row.id}-{version}",
+            task="mood",
+            request_id=row.id,
+            version=version,
+            score=score,
+            parts={},
+            confidence=answer.confidence,
+            local=answer.output,
+            remote=row.output,
+            probability=1.0,
+            sampling_rate=1.0,
+            served=False,
+            created_at=1.0,
+        )
+        home.store.update_state("mood", lambda state, one=record: state.change(comparisons=[one]), version=version)  # type: ignore[misc]
+
+
+def test_a_head_is_a_version_after_sixty_answers(teller: Home) -> None:
+    """It is judged by answers to examples that it had not seen, all but the first, and nothing is held out from it."""
+    result = coached(teller)
+    assert result.promoted, result
+    rows = result.trained_on
+    assert rows > 50
+    version = teller.store.version("mood", result.version or "")
+    assert version is not None
+    assert version.record["halves"] == ["head"]
+    assert version.record["kind"] == "refit"
+    seeds = teller.store.comparisons("mood", version=version.name)
+    assert len(seeds) == min(rows - 20, 40)
+    assert all(c.seeded for c in seeds)
+    folder = teller.settings.model_dir / "mood" / version.name
+    student = read_student(folder)
+    assert student is not None
+    assert student.adapter is None
+    probes = json.loads((folder / "probe.json").read_text())
+    assert len(probes) == 24
+    answer = teller.engine.answer(version.name, {"text": "we won the match again"}, deadline_s=5.0)
+    assert answer.output == {"mood": "glad"}
+    assert answer.answered_by == "head"
+    assert due_run(teller.settings, teller.store, "mood", time.time()) is None
+    assert teller.store.runs("mood")[-1].kind == "refit"
+
+
+def test_a_refit_goes_on_with_what_its_lineage_has_earned(teller: Home) -> None:
+    """Due after a few more answers; evidence, phase and threshold stay."""
+    first = coached(teller).version or ""
+    assert teller.store.policy_row("mood").phase == 2
+    for _ in range(20):
+        if teller.store.policy_row("mood").phase == 3:
+            break
+        tell(teller, 40)
+        first = coached(teller).version or ""
+    before = teller.store.policy_row("mood")
+    assert before.phase == 3
+    tell(teller, 19)
+    assert due_run(teller.settings, teller.store, "mood", time.time()) is None
+    tell(teller, 40)
+    live(teller, first, 59)
+    result = coached(teller)
+    assert result.promoted, result
+    assert result.version != first
+    after = teller.store.policy_row("mood")
+    assert (after.phase, after.threshold) == (before.phase, before.threshold)
+    assert json.loads(after.trust)["comparisons"] == json.loads(before.trust)["comparisons"]
+    assert teller.store.comparisons("mood", version=result.version or "") == []
+    assert "not_clearly_worse" in result.reason
+
+
+def test_a_refit_that_is_clearly_worse_is_refused(teller: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The champion answered what came meanwhile well; a head that would answer it badly does not follow."""
+    first = coached(teller).version or ""
+    tell(teller, 40)
+    live(teller, first, 40)
+    import flows.assemble as step
+
+    def spoilt(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def fit(schema: Any, inputs: Any, outputs: Any, **given: Any) -> Any:
+            turned = [{"mood": MOODS[(MOODS.index(o["mood"]) + 1) % 3]} for o in outputs]
+            return whole(schema, inputs, turned, **given)
+
+        return fit
+
+    for name in ("fit_head", "progressive"):
+        monkeypatch.setattr(step, name, spoilt(getattr(step, name)))
+    result = coached(teller)
+    assert not result.promoted
+    assert teller.store.policy_row("mood").champion == first
+
+
+def test_an_adapter_wins_its_place_beside_the_same_head(
+    make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the head alone, on examples that neither saw; the student has both, and a refit keeps it."""
+    home = make_home(
+        local={"student": {"head_from": 60}, "fine_tune_batch_size": 40},
+        task={"confidence_thresholds": {"phase1_to_phase2": 200, "phase2_to_phase3": 0.9}},
+    )
+    rote = home.engine
+    home.engine = StudentEngine(lambda: rote, lambda folder: load_head(folder, home.settings.root))  # type: ignore[assignment]
+    trainer = Writer()
+    trainer.skills = [1.0]
+    monkeypatch.setattr("flows.finetune.build_trainer", lambda _backend: trainer)
+    start = home.store.count_examples("mood")
+    for i in range(start, start + 400):  # what the head cannot know: the number decides
+        home.truth[f"letter {i}"] = MOODS[i * 7 % 3]
+        output = {"mood": MOODS[i * 7 % 3] if i % 2 else "glad"}
+        home.truth[f"letter {i}"] = output["mood"]
+        home.store.add_example(
+            ExampleRecord(f"r{i}", "mood", {"text": f"letter {i}"}, output, "anthropic", "a-model", float(i))
+        )
+    coached(home)
+    result = coach_task(home.settings, "mood", reason="now", kind="train", engine=home.engine)
+    assert result.promoted, result
+    name = result.version or ""
+    folder = home.settings.model_dir / "mood" / name
+    student = read_student(folder)
+    assert student is not None
+    assert student.adapter == OWN
+    assert student.encoder is not None
+    version = home.store.version("mood", name)
+    assert version is not None
+    assert version.record["halves"] == ["head", "lora"]
+    assert "not_worse_than_champion" in result.reason or "correlation_low" in result.reason
+    answer = home.engine.answer(name, {"text": "letter 33"}, deadline_s=5.0)
+    assert answer.output == {"mood": home.truth["letter 33"]}
+    assert answer.answered_by == "both"
+    again = coach_task(home.settings, "mood", reason="now", kind="refit", engine=home.engine)
+    refitted = read_student(home.settings.model_dir / "mood" / (again.version or ""))
+    assert refitted is not None
+    assert refitted.adapter in (name, OWN)
+
+
+def test_a_killed_refit_assembles_one_version(teller: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken after each of its parts, it goes on, and one version is registered."""
+    for module, name in (("assemble", "_register"), ("validate", "figures_of"), ("promote", "make_champion")):
+        whole: Callable[..., Any] = __import__(f"flows.{module}", fromlist=[name]).__dict__[name]
+        broken = [True]
+
+        def once(*args: Any, whole: Any = whole, broken: list[bool] = broken, **given: Any) -> Any:
+            if broken.pop() if broken else False:
+                raise RuntimeError("killed")
+            return whole(*args, **given)
+
+        monkeypatch.setattr(f"flows.{module}.{name}", once)
+    result = coached(teller)
+    assert result.promoted
+    assert [v.name for v in teller.store.versions("mood")] == [result.version]
+    assert not list(Path(teller.settings.model_dir / "mood").glob(".assembling-*"))
