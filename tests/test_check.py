@@ -114,6 +114,8 @@ def test_functions_that_can_be_used_are_fine(tmp_path: Path) -> None:
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluator, engine and trainer, each by the extra that brings it."""
     absent = {"sentence_transformers", "xllamacpp", "axolotl"}
+    for name in absent:
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test may have loaded it
     real = apprentice.check.importlib.util.find_spec  # type: ignore[attr-defined]
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name in absent else real(name, *rest))
     by_part = found(
