@@ -320,8 +320,10 @@ def attempts_of(versions: Sequence[VersionRecord], version: VersionRecord) -> in
     after = [v for v in ordered if v.created_at >= version.created_at]
     tried = sum(sum(1 for _ in takewhile(lambda v: v.status in _NEVER_CHOSEN, side)) for side in (before, after))
     if version.record.get("kind") == "refit":
-        # Refits that were shadowed and never served have looked at the same examples, each in its turn.
-        tried += sum(1 for _ in takewhile(lambda v: v.record.get("kind") == "refit", before))
+        # Refits in a row have looked at the same examples, each in its turn, whatever was refused between them.
+        tried = sum(
+            1 for _ in takewhile(lambda v: v.record.get("kind") == "refit" or v.status in _NEVER_CHOSEN, before)
+        )
     return 1 + tried
 
 

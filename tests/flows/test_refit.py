@@ -12,10 +12,11 @@ import pytest
 
 from apprentice.due import due_run
 from apprentice.local import adapter as adapters
-from apprentice.store.records import ComparisonRecord, ExampleRecord
+from apprentice.store.records import ComparisonRecord, ExampleRecord, VersionRecord, VersionStatus
 from apprentice.student.engine import StudentEngine, load_head
 from apprentice.student.files import OWN, read_student
 from flows.coach import CoachResult, coach_task
+from flows.promote import attempts_of
 from flows.trainers import Progress, TrainedAdapter, TrainingJob
 from tests.flows.conftest import MOODS, WITH_PREFECT_AND_MLFLOW, Home, RoteTrainer
 
@@ -210,6 +211,20 @@ def test_an_adapter_wins_its_place_beside_the_same_head(
     refitted = read_student(home.settings.model_dir / "mood" / (again.version or ""))
     assert refitted is not None
     assert refitted.adapter in (name, OWN)
+
+
+def test_refits_in_a_row_are_attempts_on_the_same_examples() -> None:
+    """A refused adapter between them does not make the earlier ones forgotten; a chosen adapter does."""
+
+    def version(at: int, status: VersionStatus, kind: str) -> VersionRecord:
+        rest = ("", "", 1, 1, "", None, "")
+        return VersionRecord(f"v{at}", "mood", status, *rest, record={"kind": kind}, created_at=float(at))
+
+    row = [version(1, "retired", "refit"), version(2, "retired", "refit"), version(3, "rejected", "train")]
+    row += [version(4, "champion", "refit"), version(5, "candidate", "refit")]
+    assert attempts_of(row, row[-1]) == 5
+    row[2] = version(3, "retired", "train")
+    assert attempts_of(row, row[-1]) == 2
 
 
 def test_a_killed_refit_assembles_one_version(teller: Home, monkeypatch: pytest.MonkeyPatch) -> None:
