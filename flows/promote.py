@@ -288,6 +288,8 @@ def register_champion(shop: Workshop, version: VersionRecord, *, over_a_persons_
     task = version.task
     number = shop.tracking.number_of(task, version.name)
     takes = number is not None and (over_a_persons_move or moved_alias(shop, task) in (None, version.name))
+    if shop.store.policy_row(task).champion != version.name:
+        takes = False  # another was promoted meanwhile; to move the alias back now would look like a person's doing
     if number is not None and takes:
         shop.tracking.set_alias(task, CHAMPION, number)
         if shop.tracking.aliased(task, CANDIDATE) == version.name:

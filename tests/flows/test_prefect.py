@@ -40,7 +40,7 @@ _WORKER = """
     spec = importlib.util.spec_from_file_location("doubles", {conftest!r})
     doubles = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(doubles)
-    import flows.coach, flows.curate, flows.finetune, flows.promote, flows.validate
+    import flows.assemble, flows.coach, flows.curate, flows.finetune, flows.promote, flows.validate
     from apprentice.config import load_settings
 
     trainer = doubles.RoteTrainer()
@@ -68,7 +68,8 @@ _WORKER = """
 
     def steps(config, task, run):
         with flows.workshop.workshop("") as shop:
-            for step in (flows.curate.curate_run, flows.finetune.finetune_run, flows.validate.validate_run):
+            steps = (flows.curate.curate_run, flows.finetune.finetune_run, flows.assemble.assemble_run)
+            for step in (*steps, flows.validate.validate_run):
                 step(shop, flows.runs.run_of(shop, task, run))
             return flows.promote.promote_run(shop, flows.runs.run_of(shop, task, run))[0].promoted
 
@@ -134,8 +135,8 @@ def _assert_ended_once(home: Any, done: subprocess.CompletedProcess[str]) -> Non
     [
         ("curate:curate_examples", False),
         ("curate:curate_examples", True),
-        ("finetune:_register", False),
-        ("finetune:_register", True),
+        ("assemble:_register", False),
+        ("assemble:_register", True),
         ("validate:figures_of", False),
         ("promote:decide", False),
         ("promote:make_champion", False),
