@@ -39,7 +39,10 @@ def follow(shop: Workshop, task: str) -> str | None:
         return None
     if shop.tracking.aliased(task, CHAMPION) != chosen:
         return None  # a promotion is under way; the next look finds it done
-    if chosen is None or moved_alias(shop, task) is None:
+    moved = None if chosen is None else moved_alias(shop, task)
+    if moved is not None and moved != chosen:
+        return None  # the same: what was read first is the alias of before
+    if chosen is None or moved is None:
         # Nobody touched the alias since the two agreed: a promotion got as far as the store.
         version = shop.store.version(task, serving) if serving is not None else None
         if version is not None:
