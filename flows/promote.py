@@ -320,13 +320,18 @@ def attempts_of(versions: Sequence[VersionRecord], version: VersionRecord) -> in
     ordered = sorted((v for v in versions if v.name != version.name), key=lambda v: v.created_at)
     before = [v for v in reversed(ordered) if v.created_at < version.created_at]
     after = [v for v in ordered if v.created_at >= version.created_at]
-    tried = sum(sum(1 for _ in takewhile(lambda v: v.status in _NEVER_CHOSEN, side)) for side in (before, after))
-    if version.record.get("kind") == "refit":
+    refit = version.record.get("kind") == "refit"
+
+    def tried(side: Sequence[VersionRecord], *, refits: bool = False) -> int:
         # Refits in a row have looked at the same examples, each in its turn, whatever was refused between them.
-        tried = sum(
-            1 for _ in takewhile(lambda v: v.record.get("kind") == "refit" or v.status in _NEVER_CHOSEN, before)
+        return sum(
+            1
+            for _ in takewhile(
+                lambda v: v.status in _NEVER_CHOSEN or (refits and v.record.get("kind") == "refit"), side
+            )
         )
-    return 1 + tried
+
+    return 1 + tried(before, refits=refit) + tried(after)
 
 
 def _write_record(
