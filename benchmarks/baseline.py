@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,19 +185,24 @@ def line(name: str, promise: float, overall: bool, order: int, by: str, outcome:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the baseline's figures on every stream."""
-    options = arguments(__doc__).parse_args(argv)
+def cases(options: argparse.Namespace) -> Iterator[tuple[Stream, Floats, float, bool, int]]:
+    """What `arguments` ask for: a stream in an order, its features, the promise, whether it is overall, the order."""
     encode = encoder()
-    print(HEADER)
     for name in options.streams:
         whole = read_stream(options.data, name)
         x = features(whole, encode)
         for promise, kind, order in itertools.product(options.promises, options.kinds, options.orders):
-            overall = kind == "overall"
             stream, places = whole.shuffled(order)
-            outcome = replay(stream, x[places], promise=promise, overall=overall, delta=options.delta, seed=order)
-            print(line(name, promise, overall, order, "baseline", outcome), flush=True)
+            yield stream, x[places], promise, kind == "overall", order
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the baseline's figures on every stream."""
+    options = arguments(__doc__).parse_args(argv)
+    print(HEADER)
+    for stream, x, promise, overall, order in cases(options):
+        outcome = replay(stream, x, promise=promise, overall=overall, delta=options.delta, seed=order)
+        print(line(stream.name, promise, overall, order, "baseline", outcome), flush=True)
 
 
 if __name__ == "__main__":

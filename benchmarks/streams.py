@@ -10,7 +10,6 @@ share of accepted answers that it changes.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,8 @@ from apprentice.decision import Headroom, Policy, accepts, decide
 from apprentice.evaluators import ExactMatch
 from apprentice.judge import trust_settings
 from benchmarks import baseline
-from benchmarks.baseline import HEADER, Floats, Outcome, arguments, features, line
-from benchmarks.recorded import Stream, read_stream
+from benchmarks.baseline import HEADER, Floats, Outcome, arguments, line
+from benchmarks.recorded import Stream
 
 CONFIG = Path(__file__).parent / "isear_10.yaml"
 
@@ -199,20 +198,13 @@ def settings_for(promise: float, *, overall: bool, delta: float) -> TrustSetting
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the product's figures on every stream, under the baseline's."""
     options = arguments(__doc__).parse_args(argv)
-    encode = baseline.encoder()
     print(HEADER)
-    for name in options.streams:
-        whole = read_stream(options.data, name)
-        whole_x = features(whole, encode)
-        for promise, kind, order in itertools.product(options.promises, options.kinds, options.orders):
-            overall = kind == "overall"
-            stream, places = whole.shuffled(order)
-            x = whole_x[places]
-            bar = baseline.replay(stream, x, promise=promise, overall=overall, delta=options.delta, seed=order)
-            print(line(name, promise, overall, order, "baseline", bar), flush=True)
-            settings = settings_for(promise, overall=overall, delta=options.delta)
-            outcome = replay(stream, partial(Logistic, stream, x), settings, seed=order)
-            print(line(name, promise, overall, order, "apprentice", outcome), flush=True)
+    for stream, x, promise, overall, order in baseline.cases(options):
+        bar = baseline.replay(stream, x, promise=promise, overall=overall, delta=options.delta, seed=order)
+        print(line(stream.name, promise, overall, order, "baseline", bar), flush=True)
+        settings = settings_for(promise, overall=overall, delta=options.delta)
+        outcome = replay(stream, partial(Logistic, stream, x), settings, seed=order)
+        print(line(stream.name, promise, overall, order, "apprentice", outcome), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from typing import Any
 
 from prefect import flow
 
-from apprentice import secrets
-from apprentice.errors import OutputError, TrainingError
+from apprentice.errors import TrainingError
 from apprentice.local.adapter import adapter_folder, stored_path
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.phases import Phase
@@ -30,6 +29,7 @@ from apprentice.student.files import OWN, Student, adapter_of, read_student, stu
 from apprentice.student.fitting import fit_head, progressive
 from apprentice.student.halves import halves_of, halves_wanted
 from apprentice.student.head import Head
+from flows.answering import answer_all
 from flows.dataset import CuratedDataset, load_dataset, write_whole
 from flows.embeddings import RememberingEncoder
 from flows.runs import advance, run_of
@@ -39,14 +39,12 @@ from flows.workshop import Workshop, workshop
 
 __all__ = ["assemble", "assemble_run"]
 
-_log = secrets.logger("apprentice.coach")
 _HELD_BACK = "held_back.json"
 """Beside a student: what its head said of each example when fitted on the others. Decides no answer."""
 _FEWEST_TESTED = 40
 _MOST_JUDGED = 2000  # the newest examples that a refitted head is judged and calibrated by
 _MOST_ASKED = 200  # of them, if an adapter has to answer them, too
-_STUDENTS_OWN = ("student.json", "probe.json", "promotion.md", _HELD_BACK)
-_CHUNK = 32
+_NOT_THE_ADAPTERS = ("student.json", "head.*", "probe.json", "promotion.md", _HELD_BACK)
 # A new head that changes one served answer in a hundred is checked at least at this many times that rate.
 _CHECKS_PER_CHANGE = 5.0
 
@@ -85,9 +83,9 @@ class _Maker:
         self.task = shop.task(run.task)
         self.schema = self.task.output_schema
         self.evaluate = shop.judge.bounded_evaluator(run.task)
-        champion = shop.store.policy_row(run.task).champion
-        self.champion = shop.store.version(run.task, champion) if champion is not None else None
-        self.serving = shop.store.policy_row(run.task).phase == Phase.SERVE
+        state = shop.store.policy_row(run.task)
+        self.champion = shop.store.version(run.task, state.champion) if state.champion is not None else None
+        self.serving = state.phase == Phase.SERVE
 
     # -- the two kinds of run --------------------------------------------------------------------------------------
 
@@ -176,18 +174,12 @@ class _Maker:
         engine = self.shop.engine
         held = {one.name for one in engine.loaded()}
         engine.load(Version(name, self.run.task, folder, self.schema, None, self.task.input_schema))
-        answers: list[LocalAnswer | None] = []
         try:
-            for start in range(0, len(inputs), _CHUNK):
-                for answer in engine.answer_many(name, inputs[start : start + _CHUNK]):
-                    if isinstance(answer, Exception) and not isinstance(answer, OutputError):
-                        raise answer
-                    answers.append(answer if isinstance(answer, LocalAnswer) else None)
-                self.shop.advanced("assemble", min(len(answers), len(inputs)) / max(1, len(inputs)))
+            answers = answer_all(engine, name, inputs, lambda done: self.shop.advanced("assemble", done))
         finally:
             if name not in held:
                 self.shop.let_go(name)
-        return answers
+        return [answer if isinstance(answer, LocalAnswer) else None for answer in answers]
 
     def _adapter_says(
         self, folder: Path, student: Student, inputs: Sequence[Mapping[str, Any]]
@@ -198,10 +190,7 @@ class _Maker:
             return [None] * len(inputs)
         name, there = found
         plain = self.shop.bench(self.run) / name
-        plain.mkdir(exist_ok=True)
-        for file in there.iterdir():
-            if file.name not in _STUDENTS_OWN and not file.name.startswith("head.") and file.is_file():
-                shutil.copy2(file, plain / file.name)
+        _copy_adapter(there, plain)
         try:
             return self._asked(name, plain, inputs)
         finally:
@@ -282,7 +271,7 @@ class _Maker:
         work = home / f".assembling-{self.run.id}"
         shutil.rmtree(work, ignore_errors=True)
         if adapter is not None:
-            shutil.copytree(adapter, work, ignore=shutil.ignore_patterns("probe.json", "promotion.md"))
+            _copy_adapter(adapter, work)
         work.mkdir(parents=True, exist_ok=True)
         head.save(work)
         write_student(work, student)
@@ -336,6 +325,11 @@ def _register(shop: Workshop, run: RunRecord, name: str, folder: Path, trained: 
     )
     shop.store.update_run(run.id, version=name)
     return number
+
+
+def _copy_adapter(there: Path, to: Path) -> None:
+    """What is an adapter's own in a version's folder."""
+    shutil.copytree(there, to, ignore=shutil.ignore_patterns(*_NOT_THE_ADAPTERS), dirs_exist_ok=True)
 
 
 def _worth(rows: int) -> int:

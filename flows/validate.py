@@ -18,11 +18,12 @@ from apprentice import secrets
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, chance
 from apprentice.errors import EvaluatorError, OutputError, Problem, TrainingError, VersionError
 from apprentice.local.adapter import adapter_folder
-from apprentice.local.engine import Engine, LocalAnswer, Version
+from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.probe import choose_probes
 from apprentice.schema import Schema
 from apprentice.store.records import RunRecord
 from apprentice.student.halves import halves_of
+from flows.answering import answer_all
 from flows.dataset import load_dataset, write_whole
 from flows.gate import ENOUGH
 from flows.runs import advance, run_of
@@ -33,7 +34,6 @@ from flows.workshop import Workshop, workshop
 __all__ = ["figures_of", "validate", "validate_run"]
 
 _log = secrets.logger("apprentice.coach")
-_CHUNK = 32
 _PROBES = 24
 _MOST_COMPARED = 100_000
 _BASE = "base-of-"
@@ -81,17 +81,16 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     started = time.monotonic()
     inputs = [row.input for row in rows]
     asked = inputs if trained.answers is None else inputs[-_PROBES:]
-    told = _answer_all(engine, trained.version, asked, lambda done: shop.advanced("validate", done))
+    told = answer_all(engine, trained.version, asked, lambda done: shop.advanced("validate", done))
     rate = len(asked) / max(time.monotonic() - started, 1e-9)
     champion = shop.store.policy_row(run.task).champion
     champions: dict[str, _Scored] = {}
     bereft: list[str] = []
+    answers = told
     if trained.answers is not None:
         answers = [_as_answered(known, trained.version) for known in trained.answers]
         champions = _foretold_champions(shop, run, champion, trained.answers, {row.id: row.output for row in rows})
-    else:
-        answers = told
-    if trained.answers is None and champion is not None and champion != trained.version:
+    elif champion is not None and champion != trained.version:
         try:
             champions = _champion_scores(shop, run.task, champion, [(r.id, r.input, r.output) for r in rows])
         except _Lost as error:
@@ -210,20 +209,6 @@ def _folder(trained: Assembled) -> Path | None:
     return None if trained.remote_model else Path(trained.folder)
 
 
-def _answer_all(
-    engine: Engine, version: str, inputs: Sequence[Mapping[str, Any]], progress: Callable[[float], None]
-) -> list[LocalAnswer | Exception]:
-    """Answer in chunks. An engine that is down is no finding about a candidate: its error is raised."""
-    answers: list[LocalAnswer | Exception] = []
-    for start in range(0, len(inputs), _CHUNK):
-        for answer in engine.answer_many(version, inputs[start : start + _CHUNK]):
-            if isinstance(answer, Exception) and not isinstance(answer, OutputError):
-                raise answer
-            answers.append(answer)
-        progress(len(answers) / len(inputs))
-    return answers
-
-
 def _champion_scores(
     shop: Workshop, task: str, champion: str, rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
 ) -> dict[str, _Scored]:
@@ -250,7 +235,7 @@ def _champion_scores(
             _log.warning("%s: the champion %s is compared where its score is known: %s", task, champion, error)
             missing = []
     if missing:
-        answers = _answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
+        answers = answer_all(shop.engine, champion, [value for _, value, _ in missing], lambda _: None)
         for (row_id, _, output), answer in zip(missing, answers, strict=True):
             try:
                 if isinstance(answer, LocalAnswer):

@@ -295,28 +295,26 @@ class SqliteDatabase:
         """Put the file in WAL mode, where it is not. While another opener does so, SQLite fails at once: it has read
         the header by then, and its busy handler serves only a transaction that holds no lock yet.
         """
-        ends = time.monotonic() + _patience_s()
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= ends:
-                    raise
-                time.sleep(_RETRY_S)
+        SqliteDatabase._patiently(connection, "PRAGMA journal_mode=WAL", pause_s=_RETRY_S)
 
     @staticmethod
     def _begin_writing(connection: sqlite3.Connection) -> None:
         """Wait for other processes' writing to end: SQLite for `_LOOK_S` at a time, and for as long as may be."""
+        SqliteDatabase._patiently(connection, "BEGIN IMMEDIATE")
+
+    @staticmethod
+    def _patiently(connection: sqlite3.Connection, sql: str, *, pause_s: float = 0.0) -> None:
+        """Execute ``sql`` as soon as the file is not busy, for as long as this thread may wait."""
         ends = time.monotonic() + _patience_s()
         while True:
             try:
-                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(sql)
                 return
             except sqlite3.OperationalError as error:
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() >= ends:
                     raise
+                time.sleep(pause_s)
 
     def _reader(self) -> sqlite3.Connection:
         try:

@@ -13,7 +13,6 @@ an answer from it. Bulk work (`answer_many`: validation, probes) is told of the 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,9 +56,9 @@ def load_head(folder: Path, root: Path) -> Head:
 
     Raises `VersionError` where a file is damaged or the encoder is another, `MissingExtra` where no encoder can run.
     """
-    kind: Any = importlib.import_module("apprentice.student.head").Head  # NumPy comes with it, so not before it is used
-    head: Head = kind.load(folder, root)
-    return head
+    from apprentice.student.head import Head as SavedHead  # NumPy comes with it, so not before it is used
+
+    return SavedHead.load(folder, root)
 
 
 @dataclass(eq=False)

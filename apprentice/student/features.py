@@ -87,7 +87,7 @@ class Plan:
             texts = {compact_json(value) for value in values} if plain else set()
             if 2 <= len(texts) <= min(_FEW, len(values) / 5) and len(often) > 1:
                 kinds.append((name, tuple(sorted(texts))))
-            elif length >= _LONG and not all(map(_is_number, values)):
+            elif length >= _LONG:
                 lengths[name] = length
         if len(lengths) != 2:
             return cls((), False, (), tuple(numbers), tuple(kinds))

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from apprentice.schema import Schema, compact_json
 from apprentice.student.encoder import Encoder
 from apprentice.student.features import Plan, whole_text
-from apprentice.student.head import Head, HeadAnswer, Layer, distances, finite_fields, softmax
+from apprentice.student.fields import finite_fields
+from apprentice.student.head import Head, HeadAnswer, Layer, distances, softmax
 
 __all__ = ["Encodings", "Fitted", "fit_head", "progressive"]
 
@@ -32,7 +33,7 @@ type Floats = NDArray[np.float64]
 type Embeddings = Mapping[str, NDArray[Any]] | NDArray[Any]
 
 _RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-"""Times the mean eigenvalue of W. """
+"""Times the mean eigenvalue of W."""
 _SMALLER = 1.0
 """Nats that each smaller one costs: with a handful of rows one of them is best by chance."""
 _TEMPERATURES = np.exp(np.linspace(math.log(0.005), math.log(20.0), 24))

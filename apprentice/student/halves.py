@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from apprentice.config import Settings
+from apprentice.student.fields import finite_fields
 
 __all__ = ["Wanted", "halves_of", "halves_wanted"]
 
@@ -32,8 +33,6 @@ def halves_wanted(settings: Settings, task: str) -> Wanted:
     A head decides among finitely many values, so a task that has no such field has none, and one that has others beside
     them needs an adapter for those. `apprentice check` says if a head that was asked for cannot be had.
     """
-    from apprentice.student.head import finite_fields  # needs numpy, which a router without heads does not load
-
     local, own = settings.local, settings.task(task)
     schema = own.output_schema
     fields = finite_fields(schema)

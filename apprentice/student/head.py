@@ -16,19 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apprentice.errors import VersionError
-from apprentice.schema import Schema, compact_json
+from apprentice.schema import compact_json
 from apprentice.student.encoder import Encoder, load_encoder
 from apprentice.student.features import Plan
 
-__all__ = ["Head", "HeadAnswer", "Layer", "distances", "finite_fields", "softmax"]
+__all__ = ["Head", "HeadAnswer", "Layer", "distances", "softmax"]
 
 type Floats = NDArray[np.float64]
 
 FILE = "head.safetensors"
 FORMAT = 1
-_MOST_VALUES = 1000
-_MOST_INTEGERS = 21
-"""Whole numbers between two bounds that are values of their own: a mark, a number of stars."""
 _AGAIN = "fit the head again, or restore the file"
 
 
@@ -158,26 +155,6 @@ class Head:
         return cls(fields, encoder, plan, layers, known)
 
 
-def finite_fields(schema: Schema) -> dict[str, tuple[Any, ...]]:
-    """The top-level output fields with a finite set of values, in the schema's order, each with its values.
-
-    Enums, constants, booleans, nulls, whole numbers between two bounds up to 20 apart, and any of these or null. A
-    field that may be left out but not be null is none: that it is left out is no value.
-    """
-    document = schema.json_schema
-    required = document.get("required", ())
-    found = {}
-    for name, node in document.get("properties", {}).items():
-        values = _values(node)
-        if values is None:
-            continue
-        unique = {compact_json(value): value for value in values}
-        optional = name not in required and "null" not in unique
-        if not optional and 0 < len(unique) <= _MOST_VALUES:
-            found[name] = tuple(unique.values())
-    return found
-
-
 def softmax(logits: Floats) -> Floats:
     """Probabilities over the last axis."""
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -189,38 +166,6 @@ def distances(place: Floats, known: NDArray[np.floating[Any]]) -> Floats:
     if not len(known):
         return np.ones(len(place))
     return np.asarray(np.clip(1.0 - (place.astype(known.dtype) @ known.T).max(axis=1), 0.0, 1.0), np.float64)
-
-
-def _values(node: Any) -> list[Any] | None:
-    if not isinstance(node, Mapping):
-        return None
-    if "enum" in node:
-        return list(node["enum"])
-    if "const" in node:
-        return [node["const"]]
-    kind = node.get("type")
-    if kind == "boolean":
-        return [True, False]
-    if kind == "null":
-        return [None]
-    if kind == "integer":
-        return _integers(node)
-    branches = node.get("anyOf") or node.get("oneOf")
-    if kind is None and branches:
-        each = [_values(branch) for branch in branches]
-        return None if any(one is None for one in each) else [value for one in each for value in one or ()]
-    return None
-
-
-def _integers(node: Mapping[str, Any]) -> list[int] | None:
-    low, high = node.get("minimum"), node.get("maximum")
-    if low is None and node.get("exclusiveMinimum") is not None:
-        low = int(node["exclusiveMinimum"] // 1) + 1
-    if high is None and node.get("exclusiveMaximum") is not None:
-        high = int(-(-node["exclusiveMaximum"] // 1)) - 1
-    if low is None or high is None or high - low >= _MOST_INTEGERS or node.get("multipleOf") is not None:
-        return None
-    return list(range(int(-(-low // 1)), int(high // 1) + 1))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -21,8 +21,9 @@ from apprentice.errors import VersionError
 from apprentice.schema import parse_schema
 from apprentice.student import encoder as encoders
 from apprentice.student import fitting
+from apprentice.student.fields import finite_fields
 from apprentice.student.fitting import fit_head, progressive
-from apprentice.student.head import Head, finite_fields
+from apprentice.student.head import Head
 
 DIMENSIONS = 12
 SCHEMA = parse_schema({"label": "a | b | c", "urgent": "bool"})
