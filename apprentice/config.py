@@ -136,8 +136,15 @@ class Thresholds(_Section):
     phase2_to_phase3: Correlation = Field(
         0.85, description="correlation that a slice must be certified to reach to serve"
     )
-    coaching_trigger: Correlation = Field(0.70, description="below it every request is checked and retraining is due")
-    emergency_threshold: Correlation = Field(0.50, description="below it the remote answers everything again")
+    coaching_trigger: Correlation = Field(
+        0.70,
+        description="where the correlation is beyond doubt below it, every request is checked and retraining is due; "
+        "docs/trust.md says what it stands for beside max_disagreement",
+    )
+    emergency_threshold: Correlation = Field(
+        0.50,
+        description="where the correlation is beyond doubt below it, the remote answers everything again; likewise",
+    )
     max_disagreement: Fraction | None = Field(
         None, description="serve at most this share of disagreeing answers, instead of the correlation phase2_to_phase3"
     )
@@ -373,7 +380,9 @@ class SamplingSettings(_Section):
     max_fall: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="the rate falls by at most this per comparison"
     )
-    mean_time_to_false_alarm: int = Field(10_000, ge=100, description="comparisons between false drift alarms")
+    mean_time_to_false_alarm: int = Field(
+        10_000, ge=100, description="comparisons between false alarms of drift, and likewise of coaching and emergency"
+    )
 
 
 class TrackingSettings(_Section):

@@ -34,7 +34,7 @@ class Signal(StrEnum):
     CERTIFIED = "certified"
     """A slice of the traffic is certified to reach its target."""
     EMERGENCY = "emergency"
-    """The served slice's correlation fell below the emergency threshold."""
+    """The served slice is beyond doubt worse than the emergency threshold allows."""
     REFUSED = "refused"
     """The guard alarmed and the retrained candidate did not pass the gate."""
 

@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 from apprentice.confidence.drift import change_time
 from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.steering import tolerated
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation
@@ -697,12 +698,14 @@ def picture(result: Result, path: Path) -> None:
     )  # fmt: skip
     settings = scenario.trust
     lines = [(settings.coaching_trigger, "coaching"), (settings.emergency_threshold, "emergency")]
-    goal = settings.graduate
+    lines.append((settings.graduate, "target"))
     if settings.max_disagreement is not None:
-        goal = _World(scenario, random.Random(0)).correlation(1.0 - settings.max_disagreement) or 0.0
-    lines.append((goal, "target"))
+        # All three are disagreements then, and this is the correlation that comes with each among these answers.
+        world = _World(scenario, random.Random(0))
+        lines = [(world.correlation(1.0 - (tolerated(settings, at) or 0.0)) or 0.0, name) for at, name in lines]
     if not settings.bounds_served:
         lines = []  # all three are held against all answers then, and this is a picture of the served ones
+    lowest = min((level for level, _ in lines), default=settings.emergency_threshold)
     for level, name in lines:
         middle.axhline(level, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
         middle.annotate(
@@ -720,7 +723,7 @@ def picture(result: Result, path: Path) -> None:
                 transform=middle.get_xaxis_transform(), clip_on=False, zorder=6,
             )  # fmt: skip
     known = [r for p in points for r in (p.true_correlation, p.correlation if p.phase == 3 else None) if r is not None]
-    middle.set_ylim(max(-1.0, min([settings.emergency_threshold, *known]) - 0.05), 1.02)
+    middle.set_ylim(max(-1.0, min([lowest, *known]) - 0.05), 1.02)
     if not known:
         middle.text(
             0.5, 0.5, "nothing was served", transform=middle.transAxes, ha="center", fontsize=13, color=_GREY

@@ -24,15 +24,19 @@ from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import Tally, chance
 from apprentice.confidence.drift import Detector
 from apprentice.confidence.settings import TrustSettings
+from apprentice.confidence.steering import Limits, Turn, steer
 from apprentice.confidence.trust import Trust
+from apprentice.confidence.trust_events import EventKind
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Comparison
+from apprentice.confidence.window import Seen, ServedWindow
 from apprentice.evaluators import Evaluation
 from apprentice.phases import Phase
 from apprentice.simulate import LocalModel, Scenario, Training, load_scenario, simulate
 
 DELTA = 0.05
 SCENARIOS = Path(__file__).parent.parent / "examples" / "scenarios"
+REACTIONS = {EventKind.SHIFT, EventKind.DRIFT, EventKind.COACHING, EventKind.EMERGENCY}
 HIT, MISS = Evaluation(1.0, {}), Evaluation(0.0, {})
 
 # The most confident 25, 50, 75 and 100 % of ISEAR after so many training answers: the row of 500 was measured with
@@ -427,6 +431,122 @@ def measure_bias(runs: int, requests: int, agreement: float = 0.93) -> tuple[flo
     return statistics.fmean(estimates), error, statistics.fmean(plain)
 
 
+# -- 3b: coaching and emergency ---------------------------------------------------------------------------------------
+
+
+class Checks:
+    """Spot checks of a served slice of which ``share`` agree beyond chance, as the window keeps them."""
+
+    def __init__(self, frequencies: Sequence[float], draw: random.Random) -> None:
+        self.labels = Labels(frequencies, draw)
+        self.draw = draw
+        self.chances: dict[tuple[int, int], list[float]] = {}
+
+    def one(self, rho: float) -> Seen:
+        """One check at this correlation. Its chance score is one of 200 drawn once, as `chance` draws them."""
+        local, remote = pair = self.labels.pair(rho)
+        chances = self.chances.get(pair)
+        if chances is None:
+            chances = self.chances[pair] = [
+                chance(local, remote, [self.labels.pair(rho) for _ in range(8)], same, self.draw)[0] for _ in range(200)
+            ]
+        return Seen(1.0, float(local == remote), chances[int(self.draw.random() * 200)], 1.0, [], [])
+
+    def window(self, rho: float) -> ServedWindow:
+        """A full one."""
+        return ServedWindow(TrustSettings().window_size, (self.one(rho) for _ in range(TrustSettings().window_size)))
+
+
+def measure_false_turns(
+    frequencies: Sequence[float], rho: float, settings: TrustSettings, streams: int, checks: int, seed: int = 12
+) -> tuple[float, float]:
+    """(coachings, emergencies) in 1,000 spot checks of slices that are at this correlation all the time."""
+    world = Checks(frequencies, random.Random(seed))
+    turns = {Turn.COACHING: 0, Turn.EMERGENCY: 0, Turn.RECOVERED: 0}
+    for _ in range(streams):
+        window, limits, coaching = world.window(rho), Limits(settings.arl), False
+        for _ in range(checks):
+            seen = world.one(rho)
+            window.add(seen)
+            limits.add(seen, settings)
+            turn = steer(settings, window, limits, rate=1.0, coaching=coaching, alarmed=False).turn
+            if turn is None:
+                continue
+            turns[turn] += 1
+            coaching = turn is Turn.COACHING
+            if turn is Turn.EMERGENCY:
+                window, limits = world.window(rho), Limits(settings.arl)
+    thousands = streams * checks / 1000
+    return turns[Turn.COACHING] / thousands, turns[Turn.EMERGENCY] / thousands
+
+
+def steady_slices() -> list[tuple[str, list[float], float, TrustSettings, str]]:
+    """(name, label frequencies, correlation, settings, what comparing estimates with the thresholds did)."""
+    correlation, disagreement = TrustSettings(), TrustSettings(max_disagreement=0.05)
+    worlds = [
+        (f"correlation .85, {name}, at {rho}", frequencies, rho, correlation, reference)
+        for name, frequencies, rho, reference in (
+            ("2 labels", [1.0, 1.0], 0.93, "0 / 0"),
+            ("7 labels", [1.0] * 7, 0.93, "0 / 0"),
+            ("95/5", [95.0, 5.0], 0.93, ".78 / .08"),
+            ("98/2", [98.0, 2.0], 0.95, "1.3 / .25"),
+        )
+    ]
+    for name, frequencies, agreement, reference in (
+        ("7 labels", [1.0] * 7, 0.97, "0 / 0"),
+        ("95/5", [95.0, 5.0], 0.97, "11 / 4.9"),
+        ("97/3", [97.0, 3.0], 0.98, "12 / 6.2"),
+        ("99/1", [99.0, 1.0], 0.992, "5.6 / 13"),
+    ):
+        rho = Labels(frequencies, random.Random(0)).rho(agreement)
+        named = f"at most .05 differ, {name}, {1 - agreement:.3f} do"
+        worlds.append((named, frequencies, rho, disagreement, reference))
+    return worlds
+
+
+def falling_slices() -> list[tuple[str, list[float], float, TrustSettings, dict[float, str]]]:
+    """(name, label frequencies, correlation before, settings, what comparing estimates did by correlation after)."""
+    correlation, disagreement = TrustSettings(), TrustSettings(max_disagreement=0.05)
+    return [
+        ("correlation .85, 2 labels", [1.0] * 2, 0.95, correlation, {0.2: "17 / 55", 0.0: "12 / 52"}),
+        ("correlation .85, 7 labels", [1.0] * 7, 0.95, correlation, {0.2: "8.4 / 51", 0.0: "6.7 / 50"}),
+        ("correlation .85, 95/5", [95.0, 5.0], 0.97, correlation, {0.2: "39 / 72", 0.0: "30 / 61"}),
+        ("at most .05 differ, 2 labels", [1.0] * 2, 0.95, disagreement, {0.2: "15 / 55", 0.0: "10 / 52"}),
+        ("at most .05 differ, 7 labels", [1.0] * 7, 0.975, disagreement, {0.2: "7.3 / 51", 0.0: "5.1 / 50"}),
+    ]
+
+
+def measure_reaction(
+    frequencies: Sequence[float], before: float, after: float, settings: TrustSettings, runs: int, most: int = 2000
+) -> tuple[float, float]:
+    """Mean spot checks from a fall of the correlation to (the first alarm, coaching or emergency, the emergency).
+
+    Everything is served, after 400 held-out examples and 200 spot checks at ``before``; at most ``most`` are counted.
+    """
+    draw = random.Random(13)
+    labels = Labels(frequencies, draw)
+    first: list[int] = []
+    emergency: list[int] = []
+    while len(first) < runs:
+        trust = Trust.fresh(replace(settings, deferral=False))
+        pairs = [labels.pair(before) for _ in range(400)]
+        trust.promoted([Comparison("seed", same(*p).score, {}, 1.0, *p, seeded=True) for p in pairs], same, draw)
+        reacted: int | None = None
+        for n in range(-200, most + 1):
+            if trust.phase is not Phase.SERVE or (n <= 0 and reacted is not None):
+                break
+            local, remote = labels.pair(before if n < 0 else after)
+            rate = trust.rate
+            check = Comparison("check", same(local, remote).score, {}, 1.0, local, remote, rate, rate, True)
+            kinds = {event.kind for event in trust.observe(check, same, draw)}
+            if reacted is None and REACTIONS & kinds:
+                reacted = n + 1
+        if n > 0:
+            first.append(most if reacted is None else reacted)
+            emergency.append(n)
+    return statistics.fmean(first), statistics.fmean(emergency)
+
+
 # -- 9: a version retrained after a change ---------------------------------------------------------------------------
 
 
@@ -618,6 +738,18 @@ def main() -> None:
             f"{measured[0]:.0f} / {measured[1]:.0f}",
             "optimum with known parameters 42 / 203 at 10,000",
         )
+
+    many = 300 if full else 20
+    head(f"3b Coaching and emergency in 1,000 checks of slices that are equally good all the time, {many} streams")
+    for name, frequencies, rho, settings, reference in steady_slices():
+        coachings, emergencies = measure_false_turns(frequencies, rho, settings, many, 1000)
+        line(name, f"{coachings:.3f} / {emergencies:.3f}", f"by estimates {reference}", coachings + emergencies <= 0.1)
+    many = 100 if full else 10
+    head(f"3c Checks from a fall of the correlation to the first reaction / to an emergency, {many} runs")
+    for name, frequencies, rho, settings, references in falling_slices():
+        for after, reference in references.items():
+            first, emergency = measure_reaction(frequencies, rho, after, settings, many)
+            line(f"{name}, {rho} to {after}", f"{first:.0f} / {emergency:.0f}", f"by estimates {reference}")
 
     tasks = 1000 if full else 100
     head(f"4  Acceptance slices after 1,000 comparisons, {tasks} tasks with models of every quality")

@@ -450,11 +450,12 @@ def test_a_refit_of_a_version_in_trouble_begins_with_its_own_evidence(tmp_path: 
     """Under alarm nothing is carried: what the lineage had earned is what is in doubt."""
     configured, store, judge = _lineage(tmp_path)
     with store:
-        for n in range(40):
+        for n in range(10):
             rate = store.policy_row("mood").sampling_rate
             compare(judge, configured, 100 + n, served=True, probability=rate, sampling_rate=rate,
                     local=answer("joy"), remote={"label": "fear"})  # fmt: skip
-        assert judge.figures("mood").comparisons == 220
+        assert judge.figures("mood").comparisons == 190
+        assert judge.figures("mood").alarmed
         after = judge.promote("mood", "mood-v2", Workbench.seed("mood-v2", 120), carries=0.1, reason="refit")
         assert after.sampling_rate == 1.0
         assert judge.figures("mood").comparisons == 120
@@ -469,7 +470,7 @@ def test_an_alarm_while_a_refit_is_promoted_stops_the_carrying(tmp_path: Path, m
         def after_an_alarm(*args: Any, **options: Any) -> Any:
             monkeypatch.setattr(store, "promote", promote)
             other = Judge(configured, store, time.time, random.Random(2))
-            for n in range(40):
+            for n in range(10):
                 compare(other, configured, 200 + n, served=True, probability=1.0, sampling_rate=1.0,
                         local=answer("joy"), remote={"label": "fear"})  # fmt: skip
             return promote(*args, **options)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Change", "ChangeKind", "Detector", "Guard", "change_time", "name_change"]
+__all__ = ["Bets", "Change", "ChangeKind", "Detector", "Guard", "change_time", "name_change"]
 
 # As fractions of the largest admissible bet 1 / (1 - m0).
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
@@ -41,19 +41,17 @@ class Change:
     after: float
 
 
-class Detector:
-    """R_t for one stream of scores in [0, 1] whose mean is promised to be at least ``level``."""
+class Bets:
+    """R_t for one stream of losses y >= -1, each of a mean of at most 0, given what came before, while all is well."""
 
-    __slots__ = ("arl", "level", "sums")
+    __slots__ = ("arl", "sums")
 
-    def __init__(self, level: float, arl: float, sums: Sequence[float] | None = None) -> None:
-        self.level = level
+    def __init__(self, arl: float, sums: Sequence[float] | None = None) -> None:
         self.arl = arl
         self.sums = list(sums) if sums is not None else [0.0] * len(FRACTIONS)
 
-    def add(self, score: float, weight: float = 1.0) -> bool:
-        """Count one score; whether this is an alarm."""
-        y = weight * (self.level - score) / max(1e-6, 1.0 - self.level)
+    def bet(self, y: float) -> bool:
+        """Count one loss; whether this is an alarm."""
         self.sums = sums = [
             (held + 1.0) * factor
             for held, factor in zip(self.sums, [1.0 + size * y for size in FRACTIONS], strict=True)
@@ -65,6 +63,20 @@ class Detector:
     def value(self) -> float:
         """R, the mixture over the sizes of bet."""
         return sum(part * held for part, held in zip(MIXTURE, self.sums, strict=True))
+
+
+class Detector(Bets):
+    """R_t for one stream of scores in [0, 1] whose mean is promised to be at least ``level``."""
+
+    __slots__ = ("level",)
+
+    def __init__(self, level: float, arl: float, sums: Sequence[float] | None = None) -> None:
+        super().__init__(arl, sums)
+        self.level = level
+
+    def add(self, score: float, weight: float = 1.0) -> bool:
+        """Count one score; whether this is an alarm."""
+        return self.bet(weight * (self.level - score) / max(1e-6, 1.0 - self.level))
 
 
 class Guard:

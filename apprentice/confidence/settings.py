@@ -16,6 +16,7 @@ class TrustSettings:
     """phase2_to_phase3: the correlation that a slice is certified to reach."""
     coaching_trigger: float = 0.70
     emergency_threshold: float = 0.50
+    """Correlations; what they stand for where a disagreement is promised: see `steering`."""
     max_disagreement: float | None = None
     """Where given, slices are certified for at most this disagreement instead of for ``graduate``."""
     max_disagreement_overall: float | None = None
@@ -33,13 +34,13 @@ class TrustSettings:
     max_fall: float = 0.05
     """A comparison lowers the sampling rate at most by this share of it."""
     arl: float = 10_000
-    """Mean number of spot checks to a false alarm of the guard, at least."""
+    """Mean number of spot checks to a false alarm of the guard, at least; to false coaching and emergency likewise."""
     warm_up: int = 40
     """Comparisons whose confidences set the thresholds, where the gate's are fewer."""
     min_evidence: int = 50
-    """Comparisons of the served slice below which neither coaching nor an emergency is declared."""
+    """Comparisons of the served slice that coaching lasts at least."""
     hysteresis: float = 0.03
-    """How far above the trigger the correlation must be for coaching to end."""
+    """How far above the trigger the correlation, or what stands for it, must be for coaching to end."""
     watch_arl: float = 50_000
     """Mean number of local answers to a false alarm of the second watch, at least."""
     watch_checks: int = 50

@@ -39,7 +39,7 @@ from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
 from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
 from apprentice.confidence.settings import TrustSettings
-from apprentice.confidence.steering import Turn, steer
+from apprentice.confidence.steering import Limits, Turn, steer
 from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation, Watch
 from apprentice.confidence.weighing import (
@@ -88,6 +88,7 @@ class Trust:
         self.slices: Slices | None = None
         self.guard: Guard | None = None
         self.guard_weight = 0.0
+        self.limits = Limits(self.settings.arl)
         self.watcher = Watch(self.settings.watch_arl)
         self.pending: list[Pending] = []
         self.reference: list[tuple[Any, Any]] = []
@@ -134,6 +135,7 @@ class Trust:
                 "slices": None if self.slices is None else self.slices.dump(),
                 "guard": None if self.guard is None else self.guard.dump(),
                 "guard_weight": self.guard_weight,
+                "limits": self.limits.dump(),
                 "watch": self.watcher.dump(),
                 "pending": self.pending,
                 "reference": self.reference,
@@ -185,6 +187,8 @@ class Trust:
         trust.accepted, trust.unverified = float(data["served_count"]), data.get("unverified", 0.0)
         trust.slices = None if data["slices"] is None else Slices.load(data["slices"])
         trust.guard = None if data["guard"] is None else Guard.load(data["guard"], settings.arl)
+        # States from before there were limits have none.
+        trust.limits = Limits.load(data.get("limits"), settings.arl)
         trust.watcher = Watch.load(data["watch"], settings.watch_arl)
         trust.pending = [Pending(*row) for row in data["pending"]]
         trust.reference = [(local, remote) for local, remote in data["reference"]]
@@ -209,6 +213,7 @@ class Trust:
             self.phase = Phase.SHADOW
         self.threshold, self.rate, self.guard = None, 1.0, None
         self.coaching = self.alarmed = False
+        self.limits = Limits(self.settings.arl)
         if self.slices is not None:
             self._new_slices([seen.confidence for seen in self.history])
         self._rebuild_window()
@@ -466,6 +471,7 @@ class Trust:
         if self.threshold is not None and seen.confidence >= self.threshold:
             self._tally(self.since_served, seen, 1.0)
             self.window.add(seen)
+            self.limits.add(seen, self.settings, self.coverage)
 
     def _tally(self, into: dict[str, Tally], seen: Seen, weight: float) -> None:
         into[""].add(seen.score, seen.chance, weight)
@@ -537,6 +543,7 @@ class Trust:
         self._rebuild_window()
         if was_alarmed:
             self.guard = None
+            self.limits = Limits(self.settings.arl)
         self._set_guard(k)
         evidence = {
             "threshold": self.threshold,
@@ -578,10 +585,14 @@ class Trust:
 
     def _steer(self) -> list[Event]:
         """Carry out what `steer` decides from the served slice's window."""
-        # Where only the whole of the answers has a target, the remote's own ones count with those that are served.
-        share = 1.0 if self.settings.bounds_served else self.coverage
         steering = steer(
-            self.settings, self.window, rate=self.rate, coaching=self.coaching, alarmed=self.alarmed, share=share
+            self.settings,
+            self.window,
+            self.limits,
+            rate=self.rate,
+            coaching=self.coaching,
+            alarmed=self.alarmed,
+            coverage=self.coverage,
         )
         events: list[Event] = []
         if steering.turn is not None:
@@ -615,6 +626,7 @@ class Trust:
             return []
         self.phase, self.threshold, self.rate = move.after, None, 1.0
         self.guard, self.coaching, self.alarmed = None, False, False
+        self.limits = Limits(self.settings.arl)
         if self.slices is not None:
             self.slices.restart()
         self._rebuild_window()

@@ -65,13 +65,13 @@ class EventKind(StrEnum):
     COACHING = (
         "coaching",
         "warning",
-        "The local model's correlation fell below coaching_trigger: every request is checked and training is due.",
+        "What is served is beyond doubt worse than coaching_trigger allows: every request is checked, training is due.",
         "Make sure that `apprentice coach` runs. Look at the newest disagreements for what has changed in the traffic.",
     )
     EMERGENCY = (
         "emergency",
         "critical",
-        "The local model's correlation fell below emergency_threshold: the remote answers everything again.",
+        "What is served is beyond doubt worse than emergency_threshold allows: the remote answers everything again.",
         "Callers get the remote's answers and cost rises until a retrained version passes. Look at the newest "
         "disagreements; `apprentice rollback` brings an earlier version back.",
     )
