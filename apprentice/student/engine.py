@@ -85,7 +85,6 @@ class _Student:
     version: Version
     head: Head | None
     combiner: Combiner | None
-    sure: float | None
     adapter: _Version | None
     bytes: int
 
@@ -319,7 +318,7 @@ class StudentEngine:
                     "(any more); assemble the version again"
                 )
             try:
-                combiner = Combiner.of_json(schema, head.fields, student.combiner)
+                combiner = Combiner.of_json(schema, head.fields, student.combiner, student.sure)
             except ValueError as error:
                 raise VersionError(
                     f"the combiner in {folder / 'student.json'} is of another shape ({error}); assemble the version "
@@ -340,7 +339,7 @@ class StudentEngine:
             # What lies in a student's folder was answered by the student; a plain version's by the adapter alone.
             proof = there if student.adapter != OWN and read_student(there) is None else None
             adapter = self._hold(replace(version, name=name, adapter=there), version.name, proof)
-        held = _Student(version, head, combiner, student.sure, adapter, size)
+        held = _Student(version, head, combiner, adapter, size)
         try:
             self._students.put(version.name, held)
         except EngineUnavailable:
@@ -405,17 +404,11 @@ class StudentEngine:
 
 
 def _alone(held: _Student, said: HeadAnswer | None) -> Combined | None:
-    """The head's own answer, None if it has none for every field or its values break a rule between fields."""
-    if said is None or held.combiner is None or not held.stands_alone:
-        return None
-    try:
-        return held.combiner.combine(said, None)
-    except SchemaError:
-        return None
+    return None if held.combiner is None else held.combiner.alone(said)
 
 
 def _is_sure(held: _Student, alone: Combined) -> bool:
-    return held.sure is not None and alone.confidence >= held.sure
+    return held.combiner is not None and held.combiner.is_sure(alone)
 
 
 def _no_answer(held: _Student, said: HeadAnswer | None) -> Exception:

@@ -17,7 +17,8 @@ from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluation, StructuredMatch
 from apprentice.local.engine import LocalAnswer
 from apprentice.schema import SchemaError, parse_schema
-from apprentice.student.combiner import Combiner, Fit, fit_combiner
+from apprentice.student.combiner import Combiner
+from apprentice.student.combining import Fit, fit_combiner
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,42 @@ def test_fields_of_free_text_are_the_adapters_and_the_others_are_blended() -> No
     assert not combiner.is_finite
     with pytest.raises(SchemaError, match="why"):
         combiner.combine(Head({"label": [0.95, 0.05]}), None)
+
+
+def test_the_head_answers_alone_where_it_is_sure_and_can() -> None:
+    schema = parse_schema({"label": "v0 | v1"})
+    fields = {"label": ("v0", "v1")}
+    sure, unsure = Head({"label": [0.95, 0.05]}), Head({"label": [0.7, 0.3]})
+    said = lora({"label": "v1"}, confidence=0.9)
+    combiner = Combiner(schema, fields, sure=0.9)
+    assert combiner.answer(sure, said) == combiner.alone(sure) == combiner.combine(sure, None)
+    assert combiner.answer(unsure, said) == combiner.combine(unsure, said)
+    assert combiner.answer(unsure, None) == combiner.alone(unsure)
+    assert combiner.answer(None, said) == combiner.combine(None, said)
+    assert combiner.answer(None, None) is None
+    always = Combiner(schema, fields)
+    assert always.answer(sure, said) == always.combine(sure, said)
+
+
+def test_a_head_whose_values_break_a_rule_leaves_the_answer_to_the_adapter() -> None:
+    both = {"a": {"const": "v0"}, "b": {"const": "v0"}}
+    schema = parse_schema(
+        {
+            "type": "object",
+            "properties": {"a": {"enum": ["v0", "v1"]}, "b": {"enum": ["v0", "v1"]}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+            "not": {"properties": both},
+        }
+    )
+    combiner = Combiner(schema, {"a": ("v0", "v1"), "b": ("v0", "v1")}, sure=0.0)
+    head, said = Head({"a": [0.99, 0.01], "b": [0.99, 0.01]}), lora({"a": "v1", "b": "v0"}, confidence=0.6)
+    assert combiner.alone(head) is None
+    assert combiner.answer(head, None) is None
+    combined = combiner.answer(head, said)
+    assert combined is not None
+    assert combined.output == {"a": "v1", "b": "v0"}
+    assert combined.field_confidence["a"] < 0.2  # that of the value it has, not of the likeliest
 
 
 def test_an_answer_of_several_fields_gets_the_probability_that_all_agree() -> None:
