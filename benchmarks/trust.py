@@ -27,7 +27,7 @@ from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Limits, Turn, steer
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import EventKind
-from apprentice.confidence.watch import LocalObservation
+from apprentice.confidence.watch import LocalObservation, Watch
 from apprentice.confidence.weighing import Comparison
 from apprentice.confidence.window import Seen, ServedWindow
 from apprentice.evaluators import Evaluation
@@ -547,6 +547,39 @@ def measure_reaction(
     return statistics.fmean(first), statistics.fmean(emergency)
 
 
+# -- 3d: the second watch --------------------------------------------------------------------------------------------
+
+
+def local_answer(draw: random.Random, strangers: float = 0.0) -> LocalObservation:
+    """A confidence of Beta(12, 1), or of Beta(200, 1) for this share of answers; length and novelty as ever."""
+    a = 200.0 if draw.random() < strangers else 12.0
+    return LocalObservation(
+        draw.random() ** (1.0 / a), input_length=draw.randrange(50, 500), novelty=draw.random() * 0.2
+    )
+
+
+def measure_unusual(streams: int, answers: int, seed: int = 14) -> float:
+    """Alarms in 100,000 answers of traffic that stays as it is; each makes the watch learn anew what is usual."""
+    alarms = 0
+    for stream in range(streams):
+        draw = random.Random(1000 * seed + stream)
+        watch = Watch(TrustSettings().watch_arl)
+        alarms += sum(bool(watch.add(local_answer(draw))) for _ in range(answers))
+    return alarms * 100_000 / (streams * answers)
+
+
+def measure_strangers(share: float, runs: int, usual: int, most: int = 30_000) -> float:
+    """Mean answers until confident strangers, a ``share`` of them, raise an alarm, after ``usual`` without one."""
+    draw = random.Random(15)
+    delays: list[int] = []
+    while len(delays) < runs:
+        watch = Watch(TrustSettings().watch_arl)
+        if any(watch.add(local_answer(draw)) for _ in range(usual)):
+            continue
+        delays.append(next((n for n in range(1, most) if watch.add(local_answer(draw, share))), most))
+    return statistics.fmean(delays)
+
+
 # -- 9: a version retrained after a change ---------------------------------------------------------------------------
 
 
@@ -750,6 +783,25 @@ def main() -> None:
         for after, reference in references.items():
             first, emergency = measure_reaction(frequencies, rho, after, settings, many)
             line(f"{name}, {rho} to {after}", f"{first:.0f} / {emergency:.0f}", f"by estimates {reference}")
+
+    streams, answers = (100, 20_000) if full else (10, 10_000)
+    head("3d The second watch: answers until confident strangers, Beta(200,1) among Beta(12,1), are noticed")
+    far = TrustSettings().watch_arl
+    false = measure_unusual(streams, answers)
+    most = tail_bound(streams * answers, 1 / far) * 100_000 / (streams * answers)
+    line(
+        f"false alarms in 100,000 answers, {streams} streams",
+        f"{false:.1f}",
+        f"at most {100_000 / far:.0f}",
+        false <= most,
+    )
+    for share, reference in ((0.1, "1,011"), (0.2, "162"), (0.4, "56")):
+        after_many, after_few = (measure_strangers(share, 50 if full else 10, usual) for usual in (4000, 400))
+        line(
+            f"{share:.0%} strangers, after 4,000 / 400 usual answers",
+            f"{after_many:,.0f} / {after_few:,.0f}",
+            f"never from below; deciles known from 2,000: {reference}",
+        )
 
     tasks = 1000 if full else 100
     head(f"4  Acceptance slices after 1,000 comparisons, {tasks} tasks with models of every quality")
