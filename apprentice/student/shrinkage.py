@@ -21,6 +21,8 @@ _WEIGHT_PENALTY = 4.0
 _PENALTY = 6.0
 """Of a regression's coefficients, on features scaled to a standard deviation of 1."""
 _CONSTANT_PENALTY = 1.0
+_SAFE = 0.69
+"""Just less than log 2."""
 
 
 def fit_weights(seen: Seen, said: Integers, learn: Booleans) -> tuple[float, float]:
@@ -84,14 +86,22 @@ def fit_logistic(x: Floats, offset: Floats, target: Floats) -> Logistic:
     z = np.vstack([np.ones(len(x)), ((x - mean) / scale).T])
     penalty = np.array([_CONSTANT_PENALTY, *[_PENALTY] * x.shape[1]])
     least = np.diag(penalty)
-    b = np.zeros(len(z))
+    b, logits = np.zeros(len(z)), offset
+
+    def objective(b: Floats, logits: Floats) -> float:
+        return float((target * logits - np.logaddexp(0.0, logits)).sum() - (penalty * b * b).sum() / 2)
+
     for _ in range(50):
-        p = 1.0 / (1.0 + np.exp(-np.minimum(np.maximum(offset + np.einsum("k,kn->n", b, z), -30.0), 30.0)))
+        p = 1.0 / (1.0 + np.exp(-np.minimum(np.maximum(logits, -30.0), 30.0)))
         gradient = np.einsum("kn,n->k", z, target - p) - penalty * b
         # At least a little curvature: a step from where all is certain would fly off.
         curvature = np.maximum(p * (1.0 - p), 0.01)
         step = np.linalg.solve(np.einsum("jn,kn->jk", z * curvature, z) + least, gradient)
-        b += step
+        change = np.einsum("k,kn->n", step, z)
+        # Where no logit changes by more than log 2, no curvature more than doubles, and the step cannot go too far.
+        while np.abs(change).max() > _SAFE and objective(b + step, logits + change) < objective(b, logits):
+            step, change = step / 2, change / 2
+        b, logits = b + step, logits + change
         if np.abs(step).max() < 1e-6:
             break
     return Logistic(float(b[0]), mean.tolist(), scale.tolist(), b[1:].tolist())

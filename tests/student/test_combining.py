@@ -235,6 +235,15 @@ def test_a_regression_is_where_its_penalised_likelihood_is_level(seed: int) -> N
     level(found, x, offset, target)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_regression_gets_there_also_from_a_half_that_is_wrong_and_sure_of_it(seed: int) -> None:
+    """Newton's full steps go to and fro between two ends here, further each time."""
+    draw = np.random.default_rng(seed)
+    offset = draw.uniform(3.0, 13.0, size=200) * draw.choice([-1.0, 1.0], size=200)
+    x, target = np.column_stack([offset, draw.normal(size=200)]), draw.choice([0.2, 0.3, 0.8], size=200)
+    level(fit_logistic(x, offset, target), x, offset, target)
+
+
 def level(found: Logistic, x: Any, offset: Any, target: Any) -> None:
     """The derivative of the penalised log-likelihood is 0 in every coefficient."""
     p = np.asarray(found(offset, list(x.T)))
