@@ -12,8 +12,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from apprentice.confidence.drift import change_time
+from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import ChosenMeanwhile
 from apprentice.events.kinds import EventKind
+from apprentice.judge import trust_settings
 from apprentice.store.records import (
     ComparisonRecord,
     EventRecord,
@@ -23,6 +25,7 @@ from apprentice.store.records import (
     RunState,
     VersionRecord,
 )
+from flows.coverage import both_told, compare
 from flows.dataset import Card, load_dataset, write_whole
 from flows.gate import Evidence, Pair, Verdict, decide
 from flows.promotion_record import promotion_record
@@ -86,6 +89,7 @@ def promote_run(shop: Workshop, run: RunRecord) -> tuple[Verdict, str]:
             validated,
             serving=champion is not None and shop.store.policy_row(run.task).phase == 3,
             refit=run.kind == "refit",
+            promise=trust_settings(shop.settings, task),
         ),
         coaching_trigger=task.confidence_thresholds.coaching_trigger,
         margin=shop.settings.local.promotion_margin,
@@ -167,9 +171,11 @@ def _refuse(shop: Workshop, version: VersionRecord, reason: str) -> None:
     show_statuses(shop, version.task)
 
 
-def evidence(validated: Validated, *, serving: bool, refit: bool = False) -> Evidence:
-    """What the gate looks at, from what validate found."""
+def evidence(validated: Validated, *, serving: bool, promise: TrustSettings, refit: bool = False) -> Evidence:
+    """What the gate looks at, from what validate found; ``promise`` is what the task is to keep."""
     pairs = [Pair(a.score or 0.0, a.champion, a.weight) for a in validated.answers if a.champion is not None]
+    has_champion = validated.champion not in (None, validated.version)
+    ours, theirs, weights = both_told(validated.answers, promise)
     return Evidence(
         answered=validated.answered,
         valid=validated.valid,
@@ -177,9 +183,10 @@ def evidence(validated: Validated, *, serving: bool, refit: bool = False) -> Evi
         correlation_low=validated.correlation_low,
         active=validated.active,
         reproduced=validated.reproduced,
-        pairs=pairs if validated.champion not in (None, validated.version) else None,
+        pairs=pairs if has_champion else None,
         serving=serving,
         refit=refit,
+        coverage=compare(ours, theirs, weights, promise, seed=validated.version) if has_champion and ours else None,
     )
 
 

@@ -18,6 +18,7 @@ _WORDS = {
     "probe_reproduced": "probe answers given again",
     "correlation_low": "correlation, lower end of its 95 % interval",
     "correlation": "correlation",
+    "coverage_odds": "odds that it would serve more of the traffic than the champion",
     "not_worse_than_champion": "difference from the champion, lower bound",
     "not_clearly_worse": "difference from the champion, upper bound",
 }
@@ -41,6 +42,7 @@ def promotion_record(
             f"| {_WORDS[c.name]} | {c.value:.3f} | {c.needed:.3f} | {'passed' if c.passed else '**failed**'} |"
             for c in verdict.checks
         ),
+        *(f"\nThe version {c.note}." for c in verdict.checks if c.note),
         "",
         f"On {len(validated.answers)} held-out examples, answered in the serving engine "
         f"({validated.answers_per_s:.1f} answers/s), {valid} within the schema:",

@@ -73,7 +73,8 @@ class Answered:
     """One held-out example, answered by the candidate in the serving engine.
 
     ``score`` and ``confidence`` are None where no answer within the schema came; ``champion`` is the champion's score,
-    ``champion_confidence`` what it gave for its own answer (None if that is not known).
+    ``champion_confidence`` what it gave for its own answer (None if that is not known, below 0 if its answer was none
+    within the schema). ``chance`` and ``champion_chance`` are the chance scores of the two, None where not worked out.
     ``weight`` in (0, 1] is the sampling rate over the probability with which the remote's answer was bought: 1 for what
     was bought whatever the request was like, less for a request that was deferred for being hard.
     """
@@ -87,6 +88,8 @@ class Answered:
     champion: float | None = None
     weight: float = 1.0
     champion_confidence: float | None = None
+    chance: float | None = None
+    champion_chance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

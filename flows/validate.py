@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
@@ -16,7 +17,9 @@ from prefect.artifacts import create_table_artifact
 
 from apprentice import secrets
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, chance
+from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import EvaluatorError, OutputError, Problem, TrainingError, VersionError
+from apprentice.judge import trust_settings
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.probe import choose_probes
@@ -24,6 +27,7 @@ from apprentice.schema import Schema
 from apprentice.store.records import RunRecord
 from apprentice.student.halves import halves_of
 from flows.answering import answer_all
+from flows.coverage import NO_ANSWER, both_told, candidate_told, coverage, needs_chance
 from flows.dataset import load_dataset, write_whole
 from flows.gate import ENOUGH
 from flows.runs import advance, run_of
@@ -129,7 +133,19 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
         # The gate would refuse it for want of scores, which would be a verdict on the evaluator.
         raise EvaluatorError(f"{len(failed)} of {len(rows)} held-out answers were not scored: {failed[-1]}")
     active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, asked, told)
-    result = figures_of(judged, evaluate, trained.version, champion, active, reproduced, rate, bereft + notes)
+    promise = trust_settings(shop.settings, shop.task(run.task))
+    locals_of = {row_id: one.local for row_id, one in champions.items() if one.local is not None}
+    result = figures_of(
+        judged,
+        evaluate,
+        trained.version,
+        champion,
+        active,
+        reproduced,
+        rate,
+        bereft + notes,
+        champions=locals_of if needs_chance(promise) else {},
+    )
     result = replace(result, carries=trained.carries)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.metrics(
@@ -141,6 +157,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             "schema_validity": result.valid / max(1e-9, result.answered),
             "answers_per_s": rate,
             **{f"held_out_agreement.{name}": value for name, value in result.fields.items()},
+            **_coverages(result.answers, promise),
         },
         at_s=shop.clock(),
     )
@@ -156,10 +173,25 @@ def _needed(bench: Path) -> dict[str, Any]:
 
 
 class _Scored(NamedTuple):
-    """The champion on one example; its confidence is None if it is not known."""
+    """The champion on one example; its answer is None where none within the schema came."""
 
     score: float
-    confidence: float | None
+    confidence: float
+    local: Mapping[str, Any] | None
+
+
+_UNANSWERED = _Scored(0.0, NO_ANSWER, None)
+
+
+def _coverages(answers: Sequence[Answered], promise: TrustSettings) -> dict[str, float]:
+    """What the candidate would serve at the promise, and the champion where it answered the same examples."""
+    ours, theirs, weights = both_told(answers, promise)
+    if not ours:
+        return {"held_out_coverage": coverage(*candidate_told(answers, promise), promise)}
+    return {
+        "held_out_coverage": coverage(ours, weights, promise),
+        "held_out_coverage_champion": coverage(theirs, weights, promise),
+    }
 
 
 def _as_answered(known: Foretold, version: str) -> LocalAnswer | Exception:
@@ -185,23 +217,23 @@ def _foretold_champions(
     if run.kind == "refit":
         ids = {one.id for one in known}
         return {
-            c.request_id: _Scored(c.score, c.confidence)
+            c.request_id: _Scored(c.score, c.confidence, c.local)
             for c in shop.store.comparisons(run.task, version=champion, limit=_MOST_COMPARED)
             if c.score is not None and not c.seeded and c.request_id in ids
         }
     evaluate, scored = shop.judge.bounded_evaluator(run.task), {}
     for one in known:
         if one.champion is None:
-            scored[one.id] = _Scored(0.0, 0.0)
+            scored[one.id] = _UNANSWERED
             continue
-        told = LocalAnswer(
+        answer = LocalAnswer(
             one.champion, one.champion_confidence or 0.0, one.champion_field_confidence or {}, champion, 0, 0
         )
         try:
             score = evaluate(one.champion, remote[one.id]).score
         except EvaluatorError:
             continue  # the two are compared on the others
-        scored[one.id] = _Scored(score, shop.judge.rate(run.task, told).confidence)
+        scored[one.id] = _Scored(score, shop.judge.rate(run.task, answer).confidence, one.champion)
     return scored
 
 
@@ -221,7 +253,7 @@ def _champion_scores(
     evaluate = shop.judge.bounded_evaluator(task)
     remote = {row_id: output for row_id, _, output in rows}
     known = {
-        c.request_id: _Scored(c.score, c.confidence)
+        c.request_id: _Scored(c.score, c.confidence, c.local)
         for c in shop.store.comparisons(task, version=champion, limit=_MOST_COMPARED)
         if c.score is not None and remote.get(c.request_id) == c.remote
     }
@@ -240,9 +272,9 @@ def _champion_scores(
             try:
                 if isinstance(answer, LocalAnswer):
                     score = evaluate(answer.output, output).score
-                    known[row_id] = _Scored(score, shop.judge.rate(task, answer).confidence)
+                    known[row_id] = _Scored(score, shop.judge.rate(task, answer).confidence, answer.output)
                 else:
-                    known[row_id] = _Scored(0.0, 0.0)
+                    known[row_id] = _UNANSWERED
             except EvaluatorError:
                 continue  # the two are compared on the others
     return {row_id: known[row_id] for row_id in remote if row_id in known}
@@ -331,22 +363,24 @@ def figures_of(
     reproduced: float,
     rate: float,
     notes: list[str],
+    *,
+    champions: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Validated:
-    """Agreement and correlation of the traffic, with intervals, over the weighted answers within the schema."""
+    """Agreement and correlation of the traffic, with intervals, over the weighted answers within the schema.
+
+    Every answer gets its chance score, and the champion's too where ``champions`` holds that, by the example's id.
+    """
     scored = [a for a in judged if a.score is not None and a.local is not None]
     draw = random.Random(version)
-    typical = _typical(scored, draw)
-    around = [(scored[j].local, scored[j].remote) for j in typical] * 2
+    by_chance = _chances(scored, [a.local for a in scored], evaluate, draw)
+    beside = [a for a in judged if champions and a.id in champions]
+    champions_by_chance = _chances(beside, [(champions or {})[a.id] for a in beside], evaluate, draw)
+    judged = [replace(a, chance=by_chance.get(a.id), champion_chance=champions_by_chance.get(a.id)) for a in judged]
     tally = Tally()
     fields: dict[str, list[tuple[float, float]]] = {}
-    for i, a in enumerate(scored):
-        # All but itself, from the next one on: what it scores against itself is not chance.
-        after = bisect_right(typical, i)
-        others = around[after : after + len(typical) - (after > 0 and typical[after - 1] == i)]
-        try:
-            # With nothing to compare it with there is no chance to correct for, as if the answers never varied.
-            expected = chance(a.local, a.remote, others, evaluate, draw)[0] if others else 1.0
-        except EvaluatorError:
+    for a in scored:
+        expected = by_chance.get(a.id)
+        if expected is None:
             continue  # as for its score: it says nothing about the candidate
         tally.add(a.score or 0.0, expected, a.weight)
         for name, part in a.parts.items():
@@ -371,6 +405,23 @@ def figures_of(
         answers_per_s=rate,
         notes=notes,
     )
+
+
+def _chances(
+    rows: Sequence[Answered], answers: Sequence[Any], evaluate: Callable[[Any, Any], Any], draw: random.Random
+) -> dict[str, float]:
+    """The chance score of each of a version's answers to ``rows``, by id; without those the evaluator failed on."""
+    typical = _typical(rows, draw)
+    around = [(answers[j], rows[j].remote) for j in typical] * 2
+    found: dict[str, float] = {}
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        # All but itself, from the next one on: what it scores against itself is not chance.
+        after = bisect_right(typical, i)
+        others = around[after : after + len(typical) - (after > 0 and typical[after - 1] == i)]
+        # With nothing to compare it with there is no chance to correct for, as if the answers never varied.
+        with contextlib.suppress(EvaluatorError):
+            found[row.id] = chance(answer, row.remote, others, evaluate, draw)[0] if others else 1.0
+    return found
 
 
 def _typical(scored: Sequence[Answered], draw: random.Random) -> list[int]:

@@ -83,10 +83,17 @@ def test_a_better_candidate_takes_over_and_a_worse_one_does_not(home: Any, train
     assert home.store.policy_row("mood").champion == second.version
     loser = home.store.version("mood", third.version)
     assert loser.status == "rejected"
-    assert "not_worse_than_champion" in loser.reason
+    said = "would serve 0 % of the traffic at the promise, the champion 100 % (better in 0 % of resamples)"
+    assert f"coverage_odds 0.000 (needs 0.700): {said}" in loser.reason
     record = (home.settings.model_dir / loser.adapter / "promotion.md").read_text()
-    assert "The gate refuses it for: correlation; difference from the champion, lower bound." in record
-    assert record.count("**failed**") == 2
+    assert "The gate refuses it for: odds that it would serve more of the traffic than the champion." in record
+    assert f"The version {said}." in record
+    assert record.count("**failed**") == 1
+    shop = Workshop.open(home.settings)
+    tracked = shop.tracking.run("mood", home.store.runs("mood")[-1].id, name="")
+    metrics = shop.tracking._client.get_run(tracked.id).data.metrics
+    assert (metrics["held_out_coverage"], metrics["held_out_coverage_champion"]) == (0.0, 1.0)
+    shop.close()
     assert home.store.version("mood", first.version).status == "retired"
     assert [run.state for run in home.store.runs("mood")] == ["completed", "completed", "rejected"]
 
