@@ -93,6 +93,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     answers = told
     if trained.answers is not None:
         answers = [_as_answered(known, trained.version) for known in trained.answers]
+    if trained.answers is not None and (run.kind == "refit" or any(one.champion for one in trained.answers)):
         champions = _foretold_champions(shop, run, champion, trained.answers, {row.id: row.output for row in rows})
     elif champion is not None and champion != trained.version:
         try:
@@ -210,7 +211,7 @@ def _foretold_champions(
     """The champion beside a version whose answers were foretold.
 
     A refit is compared where the champion answered live, before anything was learnt from the example; a new adapter
-    with the champion's own, under the same head.
+    with the champion's own, under the same head. A champion that has no head was not foretold, and is asked instead.
     """
     if champion is None:
         return {}

@@ -213,6 +213,30 @@ def test_an_adapter_wins_its_place_beside_the_same_head(
     assert refitted.adapter in (name, OWN)
 
 
+def test_a_champion_without_a_head_is_asked_as_it_is(
+    make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first student beside an adapter that serves alone is compared with that adapter's own answers."""
+    before = make_home()
+    before.teach(200)
+    trainer = Writer()
+    trainer.skills = [0.95]
+    monkeypatch.setattr("flows.finetune.build_trainer", lambda _backend: trainer)
+    champion = coached(before).version
+    home = make_home(local={"student": {"head_from": 60}}, task={"confidence_thresholds": {"phase1_to_phase2": 60}})
+    home.truth, rote = before.truth, before.engine
+    home.engine = StudentEngine(lambda: rote, lambda folder: load_head(folder, home.settings.root))  # type: ignore[assignment]
+    trainer.skills = [0.7]
+    home.teach(200)
+    result = coach_task(home.settings, "mood", reason="now", kind="train", engine=home.engine)
+    assert not result.promoted, result
+    assert home.store.policy_row("mood").champion == champion
+    (run,) = [run for run in home.store.runs("mood") if run.version == result.version]
+    validated = json.loads((home.settings.model_dir / "mood" / "runs" / run.id / "validated.json").read_text())
+    scores = [row["champion"] for row in validated["answers"]]
+    assert sum(scores) / len(scores) > 0.9
+
+
 def test_refits_in_a_row_are_attempts_on_the_same_examples() -> None:
     """A refused adapter between them does not make the earlier ones forgotten; a chosen adapter does."""
 
