@@ -52,12 +52,14 @@ class Bets:
 
     def bet(self, y: float) -> bool:
         """Count one loss; whether this is an alarm."""
-        self.sums = sums = [
-            (held + 1.0) * factor
-            for held, factor in zip(self.sums, [1.0 + size * y for size in FRACTIONS], strict=True)
-        ]
+        self.sums = sums = [(held + 1.0) * (1.0 + size * y) for held, size in zip(self.sums, FRACTIONS, strict=True)]
         # The mixture never exceeds its largest part, which is quicker to look at.
         return max(sums) >= self.arl and self.value >= self.arl
+
+    @property
+    def alarms(self) -> bool:
+        """Whether what was counted so far is an alarm."""
+        return max(self.sums) >= self.arl and self.value >= self.arl
 
     @property
     def value(self) -> float:

@@ -155,7 +155,7 @@ def steer(
     rho = _correlation(settings, tally, coverage)
     if rho is None:
         return Steering(1.0)
-    if limits.emergency.value >= limits.emergency.arl:
+    if limits.emergency.alarms:
         evidence, limit = _because(settings, settings.emergency_threshold, window.rows, coverage)
         return Steering(1.0, Turn.EMERGENCY, evidence, limit)
     trigger = settings.coaching_trigger
@@ -165,7 +165,7 @@ def steer(
     standing = rho if most is None else 1.0 - slope * tally.d / tally.w
     turn: Turn | None = None
     evidence, limit = {}, {}
-    if limits.coaching.value >= limits.coaching.arl:
+    if limits.coaching.alarms:
         limits.coaching, limits.since = Bets(settings.arl), 0
         if not coaching:
             coaching, turn = True, Turn.COACHING

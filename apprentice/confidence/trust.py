@@ -471,7 +471,7 @@ class Trust:
         if self.threshold is not None and seen.confidence >= self.threshold:
             self._tally(self.since_served, seen, 1.0)
             self.window.add(seen)
-            self.limits.add(seen, self.settings, self.coverage)
+            self.limits.add(seen, self.settings, self._served_share())
 
     def _tally(self, into: dict[str, Tally], seen: Seen, weight: float) -> None:
         into[""].add(seen.score, seen.chance, weight)
@@ -592,7 +592,7 @@ class Trust:
             rate=self.rate,
             coaching=self.coaching,
             alarmed=self.alarmed,
-            coverage=self.coverage,
+            coverage=self._served_share(),
         )
         events: list[Event] = []
         if steering.turn is not None:
@@ -608,6 +608,10 @@ class Trust:
         if self.window.rows:
             self._raise_guard()
         return events
+
+    def _served_share(self) -> float:
+        """Coverage, where a target of all answers asks for it; else 1, which is quicker to know."""
+        return 1.0 if self.settings.max_disagreement_overall is None else self.coverage
 
     def _raise_guard(self) -> None:
         """Look again at each doubling of the evidence, and only ever raise the bar."""

@@ -97,7 +97,8 @@ class Watch:
         """Look again at how often the signs show, at set times."""
         self.watched += 1
         for sign, shows in signs.items():
-            self.shown[sign] = self.shown.get(sign, 0) + shows
+            if shows:
+                self.shown[sign] = self.shown.get(sign, 0) + 1
         if self.watched % self.settle == 0 and self.watched // self.settle in _LOOKS:
             for sign, detector in self.detectors.items():
                 detector.level = max(detector.level, _level(self.shown.get(sign, 0), self.watched))
