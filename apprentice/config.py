@@ -375,6 +375,11 @@ class SamplingSettings(_Section):
         "exponential", description="how the rate falls from coaching_trigger to a correlation of 1"
     )
     min_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.02, description="never check a smaller share of requests")
+    max_bad_answers: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="let a fall of agreement cost at most this many bad answers, in expectation, until it is noticed; "
+        "raises the floor to what that takes, see docs/trust.md",
+    )
     window_size: int = Field(100, ge=20, description="comparisons in the rolling window")
     trend_sensitivity: Fraction = Field(0.05, description="fall within the window that raises the rate")
     max_fall: Annotated[float, Field(gt=0, lt=1)] = Field(

@@ -54,3 +54,7 @@ class TaskStatus:
     last_alert: str | None
     promises: tuple[Promise, ...] = ()
     """What is promised of the answers, and how it turned out since the promotion."""
+    sampling_floor: float = 0.0
+    """What the sampling rate does not fall below."""
+    max_bad_answers: float | None = None
+    """How many bad answers a fall of agreement may cost until it is noticed; the floor follows from it."""

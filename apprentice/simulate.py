@@ -135,6 +135,8 @@ class Point:
     true_correlation: float | None
     cost: float
     cost_without: float
+    sampling_floor: float
+    """What the sampling rate does not fall below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +483,7 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
                     true_correlation=world.correlation(truth),
                     cost=remote_calls * scenario.price_remote,
                     cost_without=(request + 1) * scenario.price_remote,
+                    sampling_floor=trust.sampling_floor,
                 )
             )
             remote_before = remote_calls
@@ -772,6 +775,9 @@ def report(result: Result) -> Any:
         ("agreement of what the local model answered", f"{_percent(s['agreement_local'])} of {s['local_served']:,}"),
         ("answers of all that differed", _percent(s["disagreement_overall"])),
         ("sampling rate at the end", _percent(last.sampling_rate)),
+        ("floor of the sampling rate",
+         f"{_percent(last.sampling_floor)}, which costs "
+         f"${1000 * last.sampling_floor * last.coverage * result.scenario.price_remote:,.2f} for 1,000 requests"),
         ("steepest fall of the rate", f"x {s['steepest_fall']:.2f} a comparison"),
         ("cost", f"${s['spend']:,.2f} instead of ${s['spend_without']:,.2f}"),
         ("phases", ", ".join(f"{_NAMES[p['phase']]} from {p['from_request']:,}" for p in s["phases"][:6])),

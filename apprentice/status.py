@@ -66,6 +66,8 @@ def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: De
         waits_for_coach=waits_for_coach(settings, store, task, time.time()),
         last_alert=_words(alert.kind, alert.at) if alert else None,
         promises=tuple(figures.promises),
+        sampling_floor=figures.sampling_floor,
+        max_bad_answers=settings.sampling.max_bad_answers,
     )
 
 
@@ -102,6 +104,12 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
         for promise in status.promises:
             so_far = "none was checked yet" if promise.realised is None else f"{max(0.0, promise.realised):.1%} so far"
             lines.append(f"{status.task}: {promise.what}: at most {promise.at_most:.1%} promised, {so_far}")
+        if status.max_bad_answers is not None and phase is Phase.SERVE:
+            lines.append(
+                f"{status.task}: at least {status.sampling_floor:.1%} of what is served is checked, at "
+                f"{status.sampling_floor * status.coverage:.1%} of all requests, so that a fall costs at most "
+                f"{status.max_bad_answers:g} bad answers on average"
+            )
         if status.held:
             lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
         if status.unverified >= 1:

@@ -547,6 +547,42 @@ def measure_reaction(
     return statistics.fmean(first), statistics.fmean(emergency)
 
 
+# -- 3e: what a fall costs until it is noticed ------------------------------------------------------------------------
+
+
+def measure_bad_answers(most: float | None, fall: float, runs: int, agreement: float = 0.97) -> tuple[float, float]:
+    """(answers that differ unchecked, more than before, from a fall to the first reaction; sampling rate before it).
+
+    Everything is served and at most .05 may differ; 400 held-out examples and 600 spot checks come before the fall.
+    """
+    draw = random.Random(16)
+    labels = Labels([1.0] * 7, draw)
+    settings = TrustSettings(max_disagreement=0.05, max_bad_answers=most, deferral=False)
+    bad: list[float] = []
+    rates: list[float] = []
+    while len(bad) < runs:
+        trust = Trust.fresh(settings)
+        pairs = [labels.pair(labels.rho(agreement)) for _ in range(400)]
+        trust.promoted([Comparison("seed", same(*p).score, {}, 1.0, *p, seeded=True) for p in pairs], same, draw)
+        cost = 0.0
+        for n in range(-600, 50_000):
+            if trust.phase is not Phase.SERVE:
+                break
+            rate = trust.rate
+            if n == 0:
+                rates.append(rate)
+            if n >= 0:
+                # As many unchecked answers as come before a check on average; the fall is their share of bad ones.
+                cost += fall * (1.0 / rate - 1.0)
+            local, remote = labels.pair(labels.rho(agreement - (fall if n >= 0 else 0.0)))
+            check = Comparison("check", same(local, remote).score, {}, 1.0, local, remote, rate, rate, True)
+            if REACTIONS & {event.kind for event in trust.observe(check, same, draw)}:
+                break
+        if n >= 0:
+            bad.append(cost)
+    return statistics.fmean(bad), statistics.fmean(rates)
+
+
 # -- 3d: the second watch --------------------------------------------------------------------------------------------
 
 
@@ -802,6 +838,18 @@ def main() -> None:
             f"{after_many:,.0f} / {after_few:,.0f}",
             f"never from below; deciles known from 2,000: {reference}",
         )
+
+    many = 100 if full else 10
+    head(f"3e Bad answers, more than before, from a fall below .97 until it is noticed; target .05, {many} runs")
+    for budget in (None, 100.0, 30.0):
+        for fall in (0.05, 0.10, 0.20):
+            cost, rate = measure_bad_answers(budget, fall, many)
+            line(
+                "floor .02" if budget is None else f"max_bad_answers {budget:.0f}",
+                f"{cost:.0f} at a rate of {rate:.3f}",
+                f"fall by {fall}",
+                None if budget is None else cost <= 1.3 * budget,
+            )
 
     tasks = 1000 if full else 100
     head(f"4  Acceptance slices after 1,000 comparisons, {tasks} tasks with models of every quality")

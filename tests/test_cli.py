@@ -94,6 +94,8 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         waits_for_coach=None,
         last_alert="drift (2026-11-23 10:00 UTC)",
         promises=(Promise("all answers that differ", 0.05, 0.031), Promise("served answers that differ", 0.1, None)),
+        sampling_floor=0.1,
+        max_bad_answers=60.0,
     )
     console = Console(width=80, highlight=False)
     with console.capture() as shown:
@@ -109,6 +111,9 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
     words = " ".join(shown.get().split())
     assert "extract_entities: all answers that differ: at most 5.0% promised, 3.1% so far" in words
     assert "extract_entities: served answers that differ: at most 10.0% promised, none was checked yet" in words
+    assert (
+        "at least 10.0% of what is served is checked, at 6.2% of all requests, so that a fall costs at most 60" in words
+    )
     assert "extract_entities: last alert drift (2026-11-23 10:00 UTC)" in shown.get()
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from apprentice.config import Settings, TaskSettings, Thresholds, load_settings, require_key
 from apprentice.errors import ConfigError
+from apprentice.judge import trust_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -252,6 +253,17 @@ def test_what_is_no_url_is_refused_without_being_shown(tmp_path: Path, url: str)
     found = problems_of(tmp_path, USER_CONFIG + f"alerts: {{webhook: '{url}'}}\n")
     assert "write http://HOST:PORT" in found["alerts.webhook"]
     assert url not in found["alerts.webhook"]
+
+
+def test_a_risk_budget_reaches_the_mathematics(tmp_path: Path) -> None:
+    """`sampling.max_bad_answers` is one of the plain numbers; left out it is none, and 0 is refused."""
+    found = {}
+    for name, line in (("none", ""), ("some", "  max_bad_answers: 40\n")):
+        settings = load(tmp_path, USER_CONFIG.replace("  min_floor: 0.02\n", f"  min_floor: 0.02\n{line}"))
+        found[name] = trust_settings(settings, settings.tasks[0]).max_bad_answers
+    assert found == {"none": None, "some": 40.0}
+    refused = problems_of(tmp_path, USER_CONFIG.replace("min_floor: 0.02", "max_bad_answers: 0"))
+    assert "sampling.max_bad_answers" in refused
 
 
 @pytest.mark.parametrize(

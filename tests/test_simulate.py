@@ -160,6 +160,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_risk_budget_shows_its_floor_and_its_price(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """50 bad answers a fall instead of the floor of .02: the rate ends at what that takes, and the table says so."""
+    scenario = tmp_path / "budget.yaml"
+    scenario.write_text(
+        "requests: 4000\nprice_remote: 0.01\nlocal:\n  curve: {100: [0.99, 0.99, 0.99, 0.99]}\n"
+        "training: {first: 200, enabled: false}\ntrust: {max_disagreement: 0.05, max_bad_answers: 50}\n"
+    )
+    run_command(scenario, None, tmp_path / "budget.json", 3)
+    last = json.loads((tmp_path / "budget.json").read_text())["points"][-1]
+    assert last["sampling_rate"] >= last["sampling_floor"] > 0.1
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    price = 10.0 * last["sampling_floor"] * last["coverage"]
+    assert f"{100 * last['sampling_floor']:.1f} %, which costs ${price:.2f} for 1,000 requests" in words
+
+
 def test_thresholds_can_be_a_tasks_own(tmp_path: Path):
     """`--task` takes what apprentice.yaml says; every seed can be chosen, 0 too; a task that is not there is named."""
     path = tmp_path / "small.yaml"

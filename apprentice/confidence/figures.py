@@ -51,6 +51,8 @@ class Figures:
     phase: Phase
     threshold: float | None
     sampling_rate: float
+    sampling_floor: float
+    """What the sampling rate does not fall below."""
     coverage: float
     """Share of the traffic in the served slice, as measured; 0 where nothing is certified."""
     comparisons: int

@@ -29,6 +29,8 @@ class TrustSettings:
     min_coverage: float = 0.10
     window_size: int = 100
     min_floor: float = 0.02
+    max_bad_answers: float | None = None
+    """Where given, how many answers more than before may differ unchecked, in expectation, until a fall is noticed."""
     decay_function: str = "exponential"
     trend_sensitivity: float = 0.05
     max_fall: float = 0.05

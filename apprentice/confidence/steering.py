@@ -28,12 +28,12 @@ from enum import StrEnum
 from typing import Any
 
 from apprentice.confidence.correlation import Tally
-from apprentice.confidence.drift import Bets, name_change
+from apprentice.confidence.drift import Bets, expected_delay, name_change
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.window import Seen, ServedWindow
 from apprentice.sampling import next_rate, target_rate
 
-__all__ = ["Limits", "Steering", "Turn", "steer", "tolerated"]
+__all__ = ["Limits", "Steering", "Turn", "least_rate", "steer", "tolerated"]
 
 
 class Turn(StrEnum):
@@ -97,6 +97,24 @@ def _loss(seen: Seen, threshold: float, most: float | None) -> float:
     return (1.0 - seen.score) / room - (1.0 - seen.chance)
 
 
+# The falls of agreement that `max_bad_answers` is spent on.
+_FALLS = (0.05, 0.10, 0.20)
+
+
+def least_rate(settings: TrustSettings, level: float | None) -> float:
+    """The smallest sampling rate, for a guard that holds the served slice to ``level``; None where there is none yet.
+
+    A fall by d is noticed after D(d) checks (`expected_delay`), and so after D / r answers at a rate r; the D of them
+    that were checked are the remote's. d D (1 / r - 1) = B then gives the rate that costs B bad answers more than
+    before, and the largest over falls of .05, .10 and .20 counts. Not below ``min_floor``.
+    """
+    most = settings.max_bad_answers
+    if most is None or level is None:
+        return settings.min_floor
+    costs = [fall * expected_delay(level, fall, settings.arl) for fall in _FALLS if fall < level]
+    return max([settings.min_floor, *(cost / (most + cost) for cost in costs)])
+
+
 class Limits:
     """A detector for each of the two limits, and how much was seen since coaching was last declared."""
 
@@ -144,12 +162,14 @@ def steer(
     coaching: bool,
     alarmed: bool,
     coverage: float = 1.0,
+    level: float | None = None,
 ) -> Steering:
     """Decide from the served slice's ``window`` and ``limits``, while serving ``coverage`` of the traffic.
 
     ``rate`` is the sampling rate so far; ``coaching`` and ``alarmed`` say what is under way. Once the guard alarmed
     only a new certificate ends coaching. Where only all answers together have a target, the others, which come from
-    the remote and agree, count with those that are served. A detector that speaks for coaching begins anew.
+    the remote and agree, count with those that are served. ``level`` is the guard's, see `least_rate`. A detector that
+    speaks for coaching begins anew.
     """
     tally = window.tally
     rho = _correlation(settings, tally, coverage)
@@ -182,6 +202,7 @@ def steer(
         if most is not None:
             # Answers that hardly vary correlate badly however rarely they differ, and what is promised is the latter.
             target = min(target, _rate(settings, standing, drop * slope * tally.u / tally.w))
+        target = max(target, least_rate(settings, level))
     return Steering(next_rate(rate, target, max_fall=settings.max_fall), turn, evidence, limit)
 
 

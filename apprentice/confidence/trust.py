@@ -39,7 +39,7 @@ from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
 from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
 from apprentice.confidence.settings import TrustSettings
-from apprentice.confidence.steering import Limits, Turn, steer
+from apprentice.confidence.steering import Limits, Turn, least_rate, steer
 from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation, Watch
 from apprentice.confidence.weighing import (
@@ -593,6 +593,7 @@ class Trust:
             coaching=self.coaching,
             alarmed=self.alarmed,
             coverage=self._served_share(),
+            level=self._level,
         )
         events: list[Event] = []
         if steering.turn is not None:
@@ -608,6 +609,15 @@ class Trust:
         if self.window.rows:
             self._raise_guard()
         return events
+
+    @property
+    def _level(self) -> float | None:
+        return None if self.guard is None else self.guard.detector.level
+
+    @property
+    def sampling_floor(self) -> float:
+        """The smallest sampling rate of the slice that is served now."""
+        return least_rate(self.settings, self._level)
 
     def _served_share(self) -> float:
         """Coverage, where a target of all answers asks for it; else 1, which is quicker to know."""
@@ -660,6 +670,7 @@ class Trust:
             phase=self.phase,
             threshold=self.threshold,
             sampling_rate=self.policy_numbers.sampling_rate,
+            sampling_floor=self.sampling_floor,
             coverage=self.coverage,
             comparisons=self.comparisons,
             unscored=self.unscored,

@@ -8,11 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apprentice.confidence.drift import Detector, expected_delay
 from apprentice.confidence.settings import TrustSettings
-from apprentice.confidence.steering import Limits, Steering, Turn, steer, tolerated
+from apprentice.confidence.steering import Limits, Steering, Turn, least_rate, steer, tolerated
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.window import Seen, ServedWindow
-from benchmarks.trust import Checks, Labels, measure_false_turns, measure_reaction, tail_bound
+from benchmarks.trust import (
+    Checks,
+    Labels,
+    measure_bad_answers,
+    measure_false_turns,
+    measure_reaction,
+    run_length,
+    tail_bound,
+)
 from tests.confidence.test_trust import World
 
 CORRELATION = TrustSettings()
@@ -216,3 +225,42 @@ def test_a_new_certificate_begins_with_fresh_limits():
         world.requests(1)
     assert world.trust.limits.since == 0
     assert world.trust.limits.coaching.value == 0.0
+
+
+@pytest.mark.parametrize(("level", "fall"), [(0.8, 0.1), (0.9, 0.05), (0.95, 0.1), (0.98, 0.2)])
+def test_the_expected_delay_is_that_of_the_detector(level: float, fall: float):
+    """Not shorter than the simulated mean, and not half as long again."""
+    draw = random.Random(21)
+    simulated = sum(run_length(Detector(level, 10_000), level - fall, draw, 20_000) for _ in range(150)) / 150
+    assert 0.9 <= expected_delay(level, fall, 10_000) / simulated <= 1.5
+
+
+@given(level=st.floats(0.0, 0.999), most=st.floats(0.1, 1e6), floor=st.floats(0.001, 1.0))
+def test_the_floor_of_a_risk_budget(level: float, most: float, floor: float):
+    """A rate, not below the configured floor; a larger budget never asks for more, and none asks for nothing."""
+    settings = replace(DISAGREEMENT, min_floor=floor)
+    spent = least_rate(replace(settings, max_bad_answers=most), level)
+    assert floor <= spent <= 1.0
+    assert least_rate(replace(settings, max_bad_answers=2.0 * most), level) <= spent
+    assert least_rate(settings, level) == floor
+    assert least_rate(replace(settings, max_bad_answers=most), None) == floor
+
+
+def test_a_fall_costs_about_its_budget():
+    """.97 falls by .05: 331 bad answers without a budget; with one of 60 no more than a third above it."""
+    cost, rate = measure_bad_answers(60.0, 0.05, 25)
+    assert 30.0 < cost <= 80.0
+    assert 0.15 < rate < 0.3
+
+
+def test_a_rate_stays_at_its_floor():
+    """The rate of a served slice settles where the budget says, and the figures show it."""
+    settings = replace(DISAGREEMENT, max_bad_answers=60.0)
+    world = World(0.99, settings)
+    world.promote(seed=300)
+    world.requests(1500)
+    floor = world.trust.figures().sampling_floor
+    assert floor == least_rate(settings, world.trust.guard.detector.level)
+    assert floor > 0.1
+    assert world.trust.policy_numbers.sampling_rate >= floor
+    assert Trust.loads(world.trust.dumps(), settings).figures().sampling_floor == pytest.approx(floor)
