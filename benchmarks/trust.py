@@ -547,6 +547,39 @@ def measure_reaction(
     return statistics.fmean(first), statistics.fmean(emergency)
 
 
+# -- 3d: the second watch --------------------------------------------------------------------------------------------
+
+
+def local_answer(draw: random.Random, strangers: float = 0.0) -> LocalObservation:
+    """A confidence of Beta(12, 1), or of Beta(200, 1) for this share of answers; length and novelty as ever."""
+    a = 200.0 if draw.random() < strangers else 12.0
+    return LocalObservation(
+        draw.random() ** (1.0 / a), input_length=draw.randrange(50, 500), novelty=draw.random() * 0.2
+    )
+
+
+def measure_unusual(streams: int, answers: int, seed: int = 14) -> float:
+    """Alarms in 100,000 answers of traffic that stays as it is; each makes the watch learn anew what is usual."""
+    alarms = 0
+    for stream in range(streams):
+        draw = random.Random(1000 * seed + stream)
+        watch = Watch(TrustSettings().watch_arl)
+        alarms += sum(bool(watch.add(local_answer(draw))) for _ in range(answers))
+    return alarms * 100_000 / (streams * answers)
+
+
+def measure_strangers(share: float, runs: int, usual: int, most: int = 30_000) -> float:
+    """Mean answers until confident strangers, a ``share`` of them, raise an alarm, after ``usual`` without one."""
+    draw = random.Random(15)
+    delays: list[int] = []
+    while len(delays) < runs:
+        watch = Watch(TrustSettings().watch_arl)
+        if any(watch.add(local_answer(draw)) for _ in range(usual)):
+            continue
+        delays.append(next((n for n in range(1, most) if watch.add(local_answer(draw, share))), most))
+    return statistics.fmean(delays)
+
+
 # -- 3e: what a fall costs until it is noticed ------------------------------------------------------------------------
 
 
@@ -581,39 +614,6 @@ def measure_bad_answers(most: float | None, fall: float, runs: int, agreement: f
         if n >= 0:
             bad.append(cost)
     return statistics.fmean(bad), statistics.fmean(rates)
-
-
-# -- 3d: the second watch --------------------------------------------------------------------------------------------
-
-
-def local_answer(draw: random.Random, strangers: float = 0.0) -> LocalObservation:
-    """A confidence of Beta(12, 1), or of Beta(200, 1) for this share of answers; length and novelty as ever."""
-    a = 200.0 if draw.random() < strangers else 12.0
-    return LocalObservation(
-        draw.random() ** (1.0 / a), input_length=draw.randrange(50, 500), novelty=draw.random() * 0.2
-    )
-
-
-def measure_unusual(streams: int, answers: int, seed: int = 14) -> float:
-    """Alarms in 100,000 answers of traffic that stays as it is; each makes the watch learn anew what is usual."""
-    alarms = 0
-    for stream in range(streams):
-        draw = random.Random(1000 * seed + stream)
-        watch = Watch(TrustSettings().watch_arl)
-        alarms += sum(bool(watch.add(local_answer(draw))) for _ in range(answers))
-    return alarms * 100_000 / (streams * answers)
-
-
-def measure_strangers(share: float, runs: int, usual: int, most: int = 30_000) -> float:
-    """Mean answers until confident strangers, a ``share`` of them, raise an alarm, after ``usual`` without one."""
-    draw = random.Random(15)
-    delays: list[int] = []
-    while len(delays) < runs:
-        watch = Watch(TrustSettings().watch_arl)
-        if any(watch.add(local_answer(draw)) for _ in range(usual)):
-            continue
-        delays.append(next((n for n in range(1, most) if watch.add(local_answer(draw, share))), most))
-    return statistics.fmean(delays)
 
 
 # -- 9: a version retrained after a change ---------------------------------------------------------------------------
