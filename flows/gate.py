@@ -1,7 +1,6 @@
 """The gate: whether a candidate becomes champion. Pure.
 
-A candidate must answer within its schema, be better than chance, and promise to serve more of the traffic than the
-champion it replaces.
+A candidate must answer within its schema, be better than chance, and compare well with the champion it replaces.
 
 **What is served.** A version answers where it is sure enough for the promise, and the remote answers the rest. So what
 a candidate is worth is its coverage at the promise (`flows.coverage`), and not how often it would agree overall: to be
@@ -12,7 +11,7 @@ then costs little, and a candidate has learnt from more than the champion had.
 
 Odds of two versions that are equally good are spread evenly, from 50 examples on. Simulated with a champion that could
 serve .31 of the traffic at 5 % disagreement and agrees on .69, half of whose luck the candidate shares; the share of
-400 candidates (200 in the last column) that pass, on 50 / 400 / 1,000 examples:
+400 candidates (200 on 1,000 examples) that pass, on 50 / 400 / 1,000 examples:
 
     candidate                                  champion serves   champion shadows   refit             mean test alone
     as good                                    .28 .29 .34       .71 .75 .77        .93 .93 .97       .09 .18 .21
