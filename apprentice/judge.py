@@ -387,9 +387,9 @@ class Judge:
     ) -> TaskState:
         """Make ``version`` the task's champion; its held-out comparisons are the first evidence for or against it.
 
-        ``carries``: the version is a refit of the champion's lineage, and every comparison so far was answered before
-        the lineage learnt from it. It goes on from all that the champion had earned, with a sampling rate of at least
-        ``carries`` (at least 0), and its held-out comparisons count for nothing: they are the same evidence again.
+        ``carries``: the version is the champion's successor in one lineage, and every comparison so far was answered
+        before the lineage learnt from it. It goes on from all that the champion had earned, with a sampling rate of at
+        least ``carries`` (at least 0), and what it says of the same comparisons today bets anew: see `Trust.succeed`.
         While the champion is under alarm or in coaching, or knows nothing of today's target, it begins with them.
 
         A version that was champion before goes on from all that it had earned, for as long as that is remembered and
@@ -404,10 +404,7 @@ class Judge:
         if carries is not None:
             inherits = self._heritage(self._store.policy_row(task), self._store.policy_row(task, version)) is not None
             carries = carries if inherits else None
-        weighed = Seed(0, (), ())
-        begun: Sequence[ComparisonRecord] = ()
-        if carries is None:  # what is carried needs no evaluator
-            weighed, begun = self._weighed_seed(task, version, seed, must=how == "gate")
+        weighed, begun = self._weighed_seed(task, version, seed, must=how == "gate")
 
         def change(before: TaskState, own: TaskState) -> StateChange:
             phase = Phase(before.phase)
@@ -417,8 +414,8 @@ class Judge:
                 trust = self._heritage(before, own)
                 if trust is None:
                     raise Stale
-                records = ()
-                events = trust.succeed(carries=carries)
+                records = ()  # the same comparisons as before, in other words
+                events = trust.succeed(weighed, carries=carries)
                 due = before.training_due  # a refit is not the training that was asked for
             elif Trust.is_evidence(own.trust, settings):
                 trust, records = Trust.loads(own.trust, settings), ()

@@ -3,8 +3,8 @@
 No half is judged by what it was fitted on. An adapter never sees the held-out examples, so for judging it stands beside
 a head that did not see them either, and so does the champion's adapter: the two students differ in nothing but what is
 to be judged. The head that is to serve is then fitted on everything. A refit, which has a head only to judge, asks for
-each example a head fitted on the others (`fit_head`), and for the first version one fitted on those before it
-(`progressive`): nothing needs to be held out from it.
+each example a head fitted on the others (`fit_head`): nothing needs to be held out from it. Beside an adapter it is
+judged by the examples that the adapter did not learn from, which are more with every answer bought since.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from prefect import flow
 from apprentice.errors import TrainingError
 from apprentice.local.adapter import adapter_folder, stored_path
 from apprentice.local.engine import LocalAnswer, Version
-from apprentice.phases import Phase
 from apprentice.store.records import RunRecord, VersionRecord
-from apprentice.student.combiner import Combined, Combiner, HeadAnswer
+from apprentice.student.combiner import Combined, HeadAnswer
 from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import load_encoder
 from apprentice.student.files import OWN, Student, adapter_of, read_student, student_name, write_student
-from apprentice.student.fitting import fit_head, progressive
+from apprentice.student.fitting import fit_head
 from apprentice.student.halves import halves_of, halves_wanted
 from apprentice.student.head import Head
-from flows.answering import answer_all
+from flows.answering import RememberedAnswers, answer_all
 from flows.dataset import CuratedDataset, load_dataset, write_whole
 from flows.embeddings import RememberingEncoder
 from flows.runs import advance, run_of
@@ -41,9 +40,8 @@ __all__ = ["assemble", "assemble_run"]
 
 _HELD_BACK = "held_back.json"
 """Beside a student: what its head said of each example when fitted on the others. Decides no answer."""
-_FEWEST_TESTED = 40
-_MOST_JUDGED = 2000  # the newest examples that a refitted head is judged and calibrated by
-_MOST_ASKED = 200  # of them, if an adapter has to answer them, too
+_MOST_JUDGED = 4000  # the newest examples that a refitted head is judged and calibrated by
+_MOST_ASKED = 400  # of them, those that an adapter has to answer now
 _NOT_THE_ADAPTERS = ("student.json", "head.*", "probe.json", "promotion.md", _HELD_BACK)
 # A new head that changes one served answer in a hundred is checked at least at this many times that rate.
 _CHECKS_PER_CHANGE = 5.0
@@ -85,7 +83,6 @@ class _Maker:
         self.evaluate = shop.judge.bounded_evaluator(run.task)
         state = shop.store.policy_row(run.task)
         self.champion = shop.store.version(run.task, state.champion) if state.champion is not None else None
-        self.serving = state.phase == Phase.SERVE
 
     # -- the two kinds of run --------------------------------------------------------------------------------------
 
@@ -101,7 +98,9 @@ class _Maker:
         blind = fit_head(self.schema, *_columns(train), encoder=encoder).head
         inputs, outputs = _columns(held_out)
         heads = blind.predict(inputs)
-        loras = self._asked(trained.version, folder, inputs)
+        remembered = self._answers_of(trained.version)
+        loras = remembered.answers(held_out, lambda new: self._asked(trained.version, folder, new))
+        remembered.save()
         fit = fit_combiner(self.schema, blind.fields, heads, loras, outputs, evaluator=self.evaluate)
         champions = self._champions(blind, heads, inputs, outputs)
         answers = [
@@ -114,7 +113,9 @@ class _Maker:
         student = Student(fitted.head.encoder, OWN, fit.sure, fit.combiner.to_json())
         name, there = self._write(student, fitted.head, everything, fitted.held_back, adapter=folder)
         number = _register(self.shop, self.run, name, there, trained, ("head", "lora"))
-        return Assembled(name, str(there), number, trained.trained_on, None, answers)
+        # It goes on in the lineage of the head beside it, and is checked as a stranger would be.
+        carries = None if champions is None else 1.0
+        return Assembled(name, str(there), number, trained.trained_on, None, answers, carries)
 
     def refitted(self) -> Assembled:
         """The head anew on all examples, beside the champion's adapter."""
@@ -126,35 +127,22 @@ class _Maker:
         shared = None if before is None or self.champion is None else before.adapter
         if shared == OWN and self.champion is not None:
             shared = self.champion.name
-        judged = rows[-(_MOST_ASKED if shared else _MOST_JUDGED) :]
-        first = len(rows) - len(judged)
-        held_back = fitted.held_back[first:]
-        sure: float | None = None
+        first = max(0, len(rows) - _MOST_JUDGED)
+        judged, tested = rows[first:], [True] * (len(rows) - first)
+        loras: list[LocalAnswer | None] = [None] * len(judged)
         if shared is not None and before is not None:
-            sure, learnt = before.sure, before.combiner
-            combiner = self._combiner(fitted.head, before)
-            loras = self._adapter_says(self._folder(self.champion), before, inputs[first:])
-            answers = [combiner.answer(h, a) for h, a in zip(held_back, loras, strict=True)]
-        else:
-            nobody: list[LocalAnswer | None] = [None] * len(judged)
-            fit = fit_combiner(
-                self.schema, fitted.head.fields, held_back, nobody, outputs[first:], evaluator=self.evaluate
-            )
-            answers, learnt = list(fit.answers), fit.combiner.to_json()
-            if not self.serving:
-                # These answers are what its trust begins with, so not even a ridge may have been chosen with them.
-                tests = progressive(self.schema, inputs, outputs, encoder=encoder)[first:]
-                tested = fit_combiner(
-                    self.schema, fitted.head.fields, tests, nobody, outputs[first:], evaluator=self.evaluate
-                ).answers
-                # The newer half: the heads that gave the older answers knew little.
-                newer = _worth(len(tested))
-                answers = [None if at < len(tested) - newer else one for at, one in enumerate(tested)]
+            loras, tested = self._of_the_untaught(shared, before, judged)
+        fit = fit_combiner(
+            self.schema, fitted.head.fields, fitted.held_back[first:], loras, outputs[first:], evaluator=self.evaluate
+        )
         encoder.save()
         foretold = [
-            _foretold(row, answer, None) for row, answer in zip(judged, answers, strict=True) if answer is not None
+            _foretold(row, answer, None)
+            for row, answer, judges in zip(judged, fit.answers, tested, strict=True)
+            if judges and answer is not None
         ]
-        student = Student(fitted.head.encoder, shared, sure, learnt)
+        sure = None if shared is None else fit.sure
+        student = Student(fitted.head.encoder, shared, sure, fit.combiner.to_json())
         name, there = self._write(student, fitted.head, rows, fitted.held_back)
         base = fitted.head.encoder if shared is None else self.shop.settings.local.base_model
         made = Trained(name, str(there), len(rows), self.dataset.card.held_out, base, record={"head": "refitted"})
@@ -216,22 +204,52 @@ class _Maker:
         loras = self._adapter_says(folder, student, inputs)
         return fit_combiner(self.schema, blind.fields, heads, loras, outputs, evaluator=self.evaluate).answers
 
-    def _combiner(self, head: Head, student: Student) -> Combiner:
+    def _answers_of(self, adapter: str) -> RememberedAnswers:
+        return RememberedAnswers(self.shop.datasets(self.run.task), adapter)
+
+    def _of_the_untaught(
+        self, version: str, student: Student, rows: Sequence[TrainingRow]
+    ) -> tuple[list[LocalAnswer | None], list[bool]]:
+        """What the adapter of ``version`` says of the rows that it did not learn from, and which these are.
+
+        Of those that it was never asked for, the newest few: the others judge nobody until it is.
+        """
+        folder = self._folder(self.champion)
+        found = adapter_of(folder, student)
+        taught = self._taught(version)
+        if found is None or taught is None:
+            return [None] * len(rows), [False] * len(rows)
+        remembered = self._answers_of(found[0])
+        unknown = [at for at, row in enumerate(rows) if row.id not in taught and not remembered.knows(row)]
+        left_out = set(unknown[:-_MOST_ASKED])
+        asked = [at for at, row in enumerate(rows) if row.id not in taught and at not in left_out]
+        told = remembered.answers(
+            [rows[at] for at in asked], lambda inputs: self._adapter_says(folder, student, inputs)
+        )
+        remembered.save()
+        loras: list[LocalAnswer | None] = [None] * len(rows)
+        tested = [False] * len(rows)
+        for at, answer in zip(asked, told, strict=True):
+            loras[at], tested[at] = answer, True
+        return loras, tested
+
+    def _taught(self, version: str) -> set[str] | None:
+        """The examples that the adapter of ``version`` learnt from; None if nobody knows any more."""
+        record = self.shop.store.version(self.run.task, version)
         try:
-            return Combiner.of_json(self.schema, head.fields, student.combiner, student.sure)
-        except ValueError as error:
-            raise TrainingError(f"the champion's halves cannot be combined under today's schema: {error}") from None
+            assert record is not None
+            dataset = load_dataset(self.shop.datasets(self.run.task), record.data_digest)
+        except (AssertionError, TrainingError):
+            return None
+        return {row.id for row in read_rows(dataset.train)}
 
     def _carries(self, rows: Sequence[TrainingRow], held_back: Sequence[HeadAnswer]) -> float | None:
-        """At which sampling rate a successor may go on with the champion's evidence; None if it begins with its own.
-
-        That is what it does while nothing is served: of many refits in a row that each go on with all that the weakest
-        of them has earned, none would ever serve, and each is counted as an attempt (`flows.promote.attempts_of`).
+        """At which sampling rate a refit may go on with the champion's evidence; None if there is none to go on with.
 
         Five times the share of answers that differ between the two heads, both asked for examples that they were not
         fitted on; of few examples, the larger end of what the share may be.
         """
-        if self.champion is None or not self.serving:
+        if self.champion is None or "head" not in halves_of(self.champion):
             return None
         try:
             before = json.loads((self._folder(self.champion) / _HELD_BACK).read_text(encoding="utf-8"))
@@ -330,10 +348,6 @@ def _register(shop: Workshop, run: RunRecord, name: str, folder: Path, trained: 
 def _copy_adapter(there: Path, to: Path) -> None:
     """What is an adapter's own in a version's folder."""
     shutil.copytree(there, to, ignore=shutil.ignore_patterns(*_NOT_THE_ADAPTERS), dirs_exist_ok=True)
-
-
-def _worth(rows: int) -> int:
-    return min(rows, max(_FEWEST_TESTED, rows // 2))
 
 
 def _columns(rows: Sequence[TrainingRow]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:

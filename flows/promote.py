@@ -322,23 +322,16 @@ def attempts_of(versions: Sequence[VersionRecord], version: VersionRecord) -> in
     """Candidates tried on the held-out examples between two promotions, ``version`` included, whoever chooses.
 
     Those that were refused and those that passed and wait count alike, and so do the ones trained after it: a person
-    who picks one of five has looked at five. What was champion once bounds them on both sides.
+    who picks one of five has looked at five. What was champion once bounds them on both sides. A refit is the same
+    learner a little later: it is no other try, and bounds none.
     """
-    ordered = sorted((v for v in versions if v.name != version.name), key=lambda v: v.created_at)
-    before = [v for v in reversed(ordered) if v.created_at < version.created_at]
-    after = [v for v in ordered if v.created_at >= version.created_at]
-    refit = version.record.get("kind") == "refit"
-
-    def tried(side: Sequence[VersionRecord], *, refits: bool = False) -> int:
-        # Refits in a row have looked at the same examples, each in its turn, whatever was refused between them.
-        return sum(
-            1
-            for _ in takewhile(
-                lambda v: v.status in _NEVER_CHOSEN or (refits and v.record.get("kind") == "refit"), side
-            )
-        )
-
-    return 1 + tried(before, refits=refit) + tried(after)
+    if version.record.get("kind") == "refit":
+        return 1
+    tried = [v for v in versions if v.name != version.name and v.record.get("kind") != "refit"]
+    others = sorted(tried, key=lambda v: v.created_at)
+    before = [v for v in reversed(others) if v.created_at < version.created_at]
+    after = [v for v in others if v.created_at >= version.created_at]
+    return 1 + sum(sum(1 for _ in takewhile(lambda v: v.status in _NEVER_CHOSEN, side)) for side in (before, after))
 
 
 def _write_record(

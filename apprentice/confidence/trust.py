@@ -19,8 +19,9 @@ Selection effects, and what is done about them:
   m fixed at certification. It is unbiased however the rate p > 0 followed the scores before; the plain mean is not. It
   says nothing of answers that nobody could have checked (p = 0: the budget was used up or the remote was down) nor of
   those for which a check that brought no score would have spoken: they are not among the N but counted apart.
-- A lineage of refits carries its evidence on (``succeed``). That is sound for a learner that answered each comparison
-  before it learnt from it (test, then train): delta holds for the lineage, and no refit was chosen by its bets.
+- A lineage carries its evidence on (``succeed``), and each successor is asked again what was compared before, leaving
+  the very comparison out of what it learnt. Successors answer nearly alike, so their bets on the same comparisons go
+  nearly the same way, and all of them together are wrong little more often than one: docs/trust.md has it measured.
 - A version is certified by held-out comparisons that also decided whether it is promoted. delta holds per version:
   P(promoted and wrongly certified) <= P(wrongly certified) <= delta. Where several candidates were tried on the same
   held-out examples before one passed, ``promoted(..., attempts=n)`` lets that evidence certify with delta / n only.
@@ -33,7 +34,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apprentice.confidence.acceptance import Slices, grid
+from apprentice.confidence.acceptance import Slices, grid, promising
 from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
@@ -215,7 +216,7 @@ class Trust:
         self.coaching = self.alarmed = False
         self.limits = Limits(self.settings.arl)
         if self.slices is not None:
-            self._new_slices([seen.confidence for seen in self.history])
+            self.slices = self._new_slices(self.history)
         self._rebuild_window()
 
     # -- what changes it -------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ class Trust:
         if comparison.served and self.phase is Phase.SERVE:
             events += self._check(seen, comparison.probability)
         self._count(seen)
-        x = self._excess(seen)
+        x = self._excess(seen, seen.score)
         self.slices.add(seen.confidence, seen.score, x, seen.weight)
         return events + self._settle()
 
@@ -331,12 +332,14 @@ class Trust:
         """Whether a successor of the same lineage may go on from here: not while alarmed or coaching."""
         return self.comparisons > 0 and not (self.alarmed or self.coaching)
 
-    def succeed(self, *, carries: float) -> list[Event]:
+    def succeed(self, seed: Seed | None = None, *, carries: float) -> list[Event]:
         """A successor of the same lineage takes over: it goes on from all that its predecessors had earned.
 
-        What is certified is then a learner and not one set of weights: while each comparison was answered before it was
-        learnt from, every bet was made on an answer that the learner of that moment gave, and the wealth stays a test
-        supermartingale under "at every comparison the mean is at most 0", however the learner changed in between.
+        ``seed`` is what it says of earlier comparisons, each without having learnt from that one; None if it was not
+        asked again. They bet for it anew, and what they certify is served, if they weigh as much as what its predecessors' bets were
+        made on, or if it is more than is served now. Otherwise the earlier certificate stands: it was given to a
+        learner that answered each comparison before it learnt from it, and not to one set of weights.
+
         A successor that is worse is the guard's to find, so the sampling rate does not fall below ``carries``, which is
         clipped to 1: what the caller knows of how different the successor is, 0 where it answers alike.
 
@@ -347,8 +350,29 @@ class Trust:
         if not self.heritable:
             raise ValueError("trust under alarm or in coaching, or without a comparison, is not carried: begin anew")
         self.rate = max(self.rate, min(1.0, carries))
-        evidence = {"carried": self.comparisons, "sampling_rate": round(self.policy_numbers.sampling_rate, 4)}
-        return [Event(EventKind.PROMOTED, evidence)]
+        evidence = {
+            "carried": self.comparisons,
+            "seed": 0 if seed is None else seed.count,
+            "sampling_rate": round(self.policy_numbers.sampling_rate, 4),
+        }
+        return [Event(EventKind.PROMOTED, evidence), *([] if seed is None else self._ask_again(seed))]
+
+    def _ask_again(self, seed: Seed) -> list[Event]:
+        seen = [self._numbers(pending, expected) for pending, expected in seed.opening if isinstance(expected, Chance)]
+        if not seen:
+            return []
+        asked = self._bet(seen)
+        known = 0.0 if self.slices is None else sum(self.slices.weights)
+        as_much = sum(one.weight for one in seen) >= known
+        if self.phase is not Phase.SERVE:
+            if as_much:
+                self.slices, self.pending = asked, []
+            return self._certify()
+        certified = asked.threshold
+        if certified is None or self.threshold is None or not (as_much or certified < self.threshold):
+            return []
+        before, self.slices = self.threshold, asked
+        return self._widen() if certified != before else []
 
     def resumed(self, *, before: Phase) -> list[Event]:
         """Champion again: it goes on from what it had earned itself, and is checked from a rate of 1 down."""
@@ -423,19 +447,27 @@ class Trust:
                 why = expected
         # One event, however many there are: whoever hears of it has one evaluator to mend.
         events = [] if why is None else [Event(EventKind.UNSCORED, {"unscored": self.unscored, "why": why})]
-        self._new_slices([one.confidence for one in seen])
-        assert self.slices is not None
         for one in seen:
             self._count(one)
-        self.slices.replay((one.confidence, one.score, self._excess(one), one.weight) for one in seen)
+        self.slices = self._bet(seen)
         return events
 
-    def _new_slices(self, confidences: Sequence[float]) -> None:
-        thresholds = grid(confidences, self.settings.min_coverage) if self.settings.deferral else [0.0]
-        self.slices = Slices(
-            thresholds,
+    def _bet(self, seen: Sequence[Seen]) -> Slices:
+        """Slices of the traffic that these are a sample of, after all of them have bet."""
+        slices = self._new_slices(seen)
+        slices.replay((one.confidence, one.score, self._excess(one, one.score), one.weight) for one in seen)
+        return slices
+
+    def _new_slices(self, seen: Sequence[Seen]) -> Slices:
+        confidences, weights = [one.confidence for one in seen], [one.weight for one in seen]
+        deferral = self.settings.deferral
+        expected = [(one.confidence, self._excess(one, one.confidence), one.weight) for one in seen]
+        return Slices(
+            grid(confidences, self.settings.min_coverage, weights=weights) if deferral else [0.0],
             self.settings.delta,
             confidences,
+            weights=weights,
+            entry=promising(expected) if deferral and seen else None,
             max_disagreement_overall=self.settings.max_disagreement_overall,
             served=self.settings.bounds_served,
         )
@@ -455,9 +487,9 @@ class Trust:
             [round(expected.parts.get(name, 0.0), 4) for name in self.fields],
         )
 
-    def _excess(self, seen: Seen) -> float:
+    def _excess(self, seen: Seen, score: float) -> float:
         return excess(
-            seen.score,
+            score,
             seen.chance,
             correlation=self.settings.graduate,
             max_disagreement=self.settings.max_disagreement,

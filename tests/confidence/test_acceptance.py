@@ -16,12 +16,12 @@ def feed(slices: Slices, agreement: float, count: int, draw: random.Random, targ
 
 
 def test_the_grid_descends_to_everything():
-    """Slices start at the least coverage, grow by a twentieth, end at everything, and never repeat."""
+    """Slices start at the least coverage, grow by a fortieth, end at everything, and never repeat."""
     thresholds = grid([i / 100 for i in range(1, 101)], 0.1)
     assert thresholds[0] == 0.91
     assert thresholds[-1] == 0.0
     assert thresholds == sorted(set(thresholds), reverse=True)
-    assert len(thresholds) == 19
+    assert len(thresholds) == 37
 
 
 @pytest.mark.parametrize("confidences", [[], [0.5] * 40, [0.0] * 40, [1.0, 0.0] * 20])

@@ -445,7 +445,8 @@ def test_a_refit_goes_on_from_all_that_its_lineage_has_earned(carries: float, at
     (event,) = world.trust.succeed(carries=carries)
     after = json.loads(world.trust.dumps())
     assert event.kind is EventKind.PROMOTED
-    assert event.evidence == {"carried": before["comparisons"], "sampling_rate": round(max(rate, at_least), 4)}
+    rate_now = round(max(rate, at_least), 4)
+    assert event.evidence == {"carried": before["comparisons"], "seed": 0, "sampling_rate": rate_now}
     assert after.pop("rate") == max(rate, at_least) == max(before.pop("rate"), at_least)
     assert after == before
 
