@@ -1,103 +1,100 @@
-"""Recorded streams through the product's own decisions, beside the baseline in the same run; no model is trained.
+"""Recorded streams through the product's own students and decisions, beside the baseline in the same run.
 
-What answers is the baseline's own head, so that what differs is what decides. It is refitted whenever 15 % more answers
-were bought. What decides is the product's: `decision.decide`, `Trust`, and the rate that it gives. Every bought answer
-is compared first and learnt from then, so a refit carries the trust that was earned; its rate is at least 5 times the
-share of accepted answers that it changes.
+What answers is the product's head and, with ``--adapters``, recorded adapters of its own recipe beside it
+(`benchmarks.students`). What decides is the product's: `decision.decide`, `Trust`, and the rate that it gives. The
+student is refitted whenever 15 % more answers were bought, and is asked again what was compared before, as
+`flows.assemble` does. An adapter joins when it is there: the gate is not asked.
 
     python -m benchmarks.streams --data ../shared/data
 """
 
 from __future__ import annotations
 
+import argparse
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Protocol
-
-import numpy as np
 
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import EventKind
 from apprentice.confidence.watch import LocalObservation
-from apprentice.confidence.weighing import Comparison
+from apprentice.confidence.weighing import Comparison, weigh_seed
 from apprentice.config import load_settings
 from apprentice.decision import Headroom, Policy, accepts, decide
 from apprentice.evaluators import ExactMatch
 from apprentice.judge import trust_settings
+from apprentice.student.encoder import DEFAULT, load_encoder
+from apprentice.student.fitting import Encodings
 from benchmarks import baseline
-from benchmarks.baseline import HEADER, Floats, Outcome, arguments, line
+from benchmarks.baseline import HEADER, Outcome, arguments, line
 from benchmarks.recorded import Stream
-
-CONFIG = Path(__file__).parent / "isear_10.yaml"
-
-type Answer = tuple[float, Mapping[str, str]]
-"""(confidence, output)"""
+from benchmarks.students import CONFIG, Adapter, Answer, Fitted, Pupils, read_adapters
 
 
-class Student(Protocol):
-    """What has learnt."""
+class Teach(Protocol):
+    """Fits students on the remote's answers to requests of a stream. `benchmarks.students.Pupils` is one."""
 
-    def answer(self, rows: Sequence[int]) -> list[Answer]:
-        """Its answers to these requests of the stream."""
+    def fit(self, rows: Sequence[int], adapter: Adapter | None = None) -> Fitted: ...
 
-
-type Teach = Callable[[Sequence[int]], Student]
-"""Fit a student on the remote's answers to these requests."""
+    def joined(self, rows: Sequence[int], adapter: Adapter) -> Mapping[int, Answer]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When the student is fitted, in bought answers, and how its refits inherit.
+    """When the student is fitted, in bought answers.
 
-    ``first`` answers make the first student, which is judged by what those fitted on the answers before each would
-    have answered, from ``practice`` answers on. It is refitted after ``least`` more, or ``growth`` times what there
-    are. A refit that changes the share q of the last ``recent`` accepted answers is checked at a rate of at least
-    ``caution`` * q.
+    ``first`` answers make the first student. It is refitted after ``least`` more, or ``growth`` times what there are,
+    and then checked at a rate of at least ``caution`` times the share of held-back answers that changed. An adapter is
+    there when the answers that it learnt from are 1 - ``held_out`` of those that were bought.
     """
 
     first: int = 60
-    practice: int = 20
     least: int = 20
     growth: float = 0.15
-    recent: int = 300
     caution: float = 5.0
-
-
-def progressive(rows: Sequence[int], teach: Teach, schedule: Schedule) -> list[Answer | None]:
-    """Each row's answer by a student of rows before it; None for the first ones, from which nothing was learnt yet."""
-    answers: list[Answer | None] = [None] * min(schedule.practice, len(rows))
-    while len(answers) < len(rows):
-        known = len(answers)
-        step = max(1, int(known * schedule.growth))
-        answers += teach(rows[:known]).answer(rows[known : known + step])
-    return answers
+    held_out: float = 0.35
 
 
 def replay(
-    stream: Stream, teach: Teach, settings: TrustSettings, *, seed: int, schedule: Schedule | None = None
+    stream: Stream,
+    teach: Teach,
+    settings: TrustSettings,
+    *,
+    seed: int,
+    adapters: Sequence[Adapter] = (),
+    schedule: Schedule | None = None,
 ) -> Outcome:
     """Run the product's decisions over ``stream``. ``teach`` may look at the answers of the rows it is given alone."""
-    return _Replay(stream, teach, settings, seed, schedule or Schedule()).run()
+    return _Replay(stream, teach, settings, seed, adapters, schedule or Schedule()).run()
 
 
 class _Replay:
-    def __init__(self, stream: Stream, teach: Teach, settings: TrustSettings, seed: int, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        teach: Teach,
+        settings: TrustSettings,
+        seed: int,
+        adapters: Sequence[Adapter],
+        schedule: Schedule,
+    ) -> None:
         self.stream = stream
         self.teach = teach
         self.schedule = schedule
+        self.settings = settings
         self.draw = random.Random(seed)
         self.trust = Trust.fresh(settings)
         self.same = ExactMatch()
-        self.student: Student | None = None
+        self.fitted: Fitted | None = None
+        self.adapters = list(adapters)
+        self.adapter: Adapter | None = None
         self.bought: list[int] = []
         self.due = schedule.first
-        self.answers: dict[int, Answer] = {}
-        # Comparisons since the last alarm: what a student that cannot inherit is judged by.
-        self.evidence: list[Comparison] = []
+        self.weights: dict[int, tuple[float, float]] = {}  # probability and sampling rate
+        self.changed_at = 0  # what was bought before says nothing of today's traffic
 
     def run(self) -> Outcome:
         asked, wrong = [], []
@@ -108,83 +105,63 @@ class _Replay:
             if ask:
                 self.bought.append(row)
                 if len(self.bought) >= self.due:
-                    self._refit(row)
+                    self._refit()
         return Outcome(asked, wrong)
 
     def _request(self, row: int) -> tuple[bool, Mapping[str, str]]:
         """Whether the remote was asked, and what the student said."""
-        if self.student is None:
+        if self.fitted is None:
             return True, {}
         numbers = self.trust.policy_numbers
         policy = Policy(numbers.phase, "student", numbers.threshold, numbers.sampling_rate)
         plan = decide(policy, Headroom(), self.draw.random())
-        ((confidence, local),) = self.student.answer([row])
-        self.answers[row] = (confidence, local)
+        confidence, local = self.fitted.student.answer(row)
         served = accepts(policy, confidence)
         happened = self.trust.watch([LocalObservation(confidence, served=served)])
         ask = plan.remote or not served
         if ask:
             probability = policy.sampling_rate if served else 1.0
             rate = policy.sampling_rate if policy.threshold is not None else 1.0
-            comparison = self._compare(row, (confidence, local), probability, rate, served)
-            self.evidence.append(comparison)
+            self.weights[row] = (probability, rate)
+            comparison = self._compare(row, (confidence, local), served=served)
             happened = happened + self.trust.observe(comparison, self.same, self.draw)
-        if any(event.kind in (EventKind.DRIFT, EventKind.SHIFT, EventKind.EMERGENCY) for event in happened):
-            self.evidence = []
+        for event in happened:
+            if event.kind in (EventKind.DRIFT, EventKind.SHIFT, EventKind.EMERGENCY):
+                self.changed_at = row
         return ask, local
 
-    def _compare(
-        self, row: int, answer: Answer, probability: float = 1.0, rate: float = 1.0, served: bool = False
-    ) -> Comparison:
+    def _compare(self, row: int, answer: Answer, *, served: bool = False) -> Comparison:
         confidence, local = answer
         remote = self.stream.answers[row]
-        score = self.same(local, remote).score
-        return Comparison(str(row), score, {}, confidence, local, remote, probability, rate, served)
+        probability, rate = self.weights.get(row, (1.0, 1.0))
+        return Comparison(
+            str(row), self.same(local, remote).score, {}, confidence, local, remote, probability, rate, served
+        )
 
-    def _refit(self, row: int) -> None:
-        self.due = len(self.bought) + max(self.schedule.least, int(len(self.bought) * self.schedule.growth))
-        fitted = self.teach(self.bought)
-        if self.student is None:
-            seed = progressive(self.bought, self.teach, self.schedule)
-            comparisons = [self._compare(r, a) for r, a in zip(self.bought, seed, strict=True) if a is not None]
-            self.trust.promoted(comparisons, self.same, self.draw)
-            self.evidence = comparisons
-        elif self.trust.heritable:
-            self.trust.succeed(carries=self.schedule.caution * self._changed(row, fitted))
+    def _refit(self) -> None:
+        bought = len(self.bought)
+        self.due = bought + max(self.schedule.least, int(bought * self.schedule.growth))
+        before = self.fitted
+        if self.adapters and self.adapters[0].learnt <= (1.0 - self.schedule.held_out) * bought:
+            self.adapter = self.adapters.pop(0)
+            judged = self.teach.joined(self.bought, self.adapter)
+            self.fitted = self.teach.fit(self.bought, self.adapter)
+            carries = 1.0
         else:
-            self.trust.promoted(self.evidence, self.same, self.draw)
-        self.student = fitted
-
-    def _changed(self, row: int, fitted: Student) -> float:
-        """The share of the last accepted answers that ``fitted`` would have given otherwise."""
-        threshold = self.trust.threshold
-        if threshold is None:
-            return 1.0
-        last = [r for r in range(max(0, row + 1 - self.schedule.recent), row + 1) if r in self.answers]
-        accepted = [r for r in last if self.answers[r][0] >= threshold]
-        if not accepted:
-            return 1.0
-        pairs = zip(accepted, fitted.answer(accepted), strict=True)
-        return sum(self.answers[r][1] != local for r, (_, local) in pairs) / len(accepted)
+            self.fitted = self.teach.fit(self.bought, self.adapter)
+            judged = self.fitted.judged
+            carries = 1.0 if before is None else self.schedule.caution * _changed(before.judged, judged)
+        seed = [self._compare(row, answer) for row, answer in judged.items() if row >= self.changed_at]
+        if before is not None and self.trust.heritable:
+            self.trust.succeed(weigh_seed(seed, self.settings, self.same, self.draw), carries=carries)
+        else:
+            self.trust.promoted(seed, self.same, self.draw)
 
 
-class Logistic:
-    """The baseline's own head: what differs from the baseline is then what decides."""
-
-    def __init__(self, stream: Stream, x: Floats, rows: Sequence[int]) -> None:
-        self._x = x
-        self._fields = list(stream.answers[0])
-        at = np.asarray(rows)
-        self._heads = [
-            baseline.fit(x[at], np.array([stream.answers[r][field] for r in rows])) for field in self._fields
-        ]
-
-    def answer(self, rows: Sequence[int]) -> list[Answer]:
-        confidence, guesses = baseline.predict(self._heads, self._x[np.asarray(rows)])
-        return [
-            (float(confidence[i]), {field: str(guess[i]) for field, guess in zip(self._fields, guesses, strict=True)})
-            for i in range(len(rows))
-        ]
+def _changed(before: Mapping[int, Answer], now: Mapping[int, Answer]) -> float:
+    """The share of requests of which both were asked that they answer otherwise; of few, what it may be."""
+    both = [row for row in before if row in now]
+    return (sum(before[row][1] != now[row][1] for row in both) + 1.0) / (len(both) + 2.0)
 
 
 def settings_for(promise: float, *, overall: bool, delta: float) -> TrustSettings:
@@ -197,14 +174,24 @@ def settings_for(promise: float, *, overall: bool, delta: float) -> TrustSetting
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the product's figures on every stream, under the baseline's."""
-    options = arguments(__doc__).parse_args(argv)
+    parser = arguments(__doc__)
+    parser.add_argument("--adapters", type=Path, help="a folder of recorded adapters (benchmarks.students)")
+    parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args(argv)
     print(HEADER)
+    encodings = Encodings(load_encoder(DEFAULT))
     for stream, x, promise, overall, order in baseline.cases(options):
-        bar = baseline.replay(stream, x, promise=promise, overall=overall, delta=options.delta, seed=order)
-        print(line(stream.name, promise, overall, order, "baseline", bar), flush=True)
+        if options.baseline:
+            bar = baseline.replay(stream, x, promise=promise, overall=overall, delta=options.delta, seed=order)
+            print(line(stream.name, promise, overall, order, "baseline", bar), flush=True)
         settings = settings_for(promise, overall=overall, delta=options.delta)
-        outcome = replay(stream, partial(Logistic, stream, x), settings, seed=order)
-        print(line(stream.name, promise, overall, order, "apprentice", outcome), flush=True)
+        pupils = Pupils(stream, encodings, load_encoder(DEFAULT))
+        outcome = replay(stream, pupils, settings, seed=order)
+        print(line(stream.name, promise, overall, order, "head", outcome), flush=True)
+        adapters = read_adapters(options.adapters, stream.name, order) if options.adapters else []
+        if adapters:
+            outcome = replay(stream, pupils, settings, seed=order, adapters=adapters)
+            print(line(stream.name, promise, overall, order, "head+lora", outcome), flush=True)
 
 
 if __name__ == "__main__":

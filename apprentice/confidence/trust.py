@@ -30,6 +30,7 @@ Selection effects, and what is done about them:
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -369,10 +370,30 @@ class Trust:
                 self.slices, self.pending = asked, []
             return self._certify()
         certified = asked.threshold
-        if certified is None or self.threshold is None or not (as_much or certified < self.threshold):
+        if certified is None or self.threshold is None:
+            return []
+        if certified > self.threshold and (not as_much or self._holds(seen, self.threshold)):
             return []
         before, self.slices = self.threshold, asked
         return self._widen() if certified != before else []
+
+    def _holds(self, seen: Sequence[Seen], threshold: float) -> bool:
+        """Whether the slice from ``threshold`` on keeps its targets by its own measure, half a standard error to spare.
+
+        What was proved of it once is not taken back because fewer comparisons, or luck, would not prove it again.
+        """
+        inside = [(self._excess(one, one.score), one.score, one.weight) for one in seen if one.confidence >= threshold]
+        total, weight = sum(one.weight for one in seen), sum(w for *_, w in inside)
+        if weight <= 0.0:
+            return False
+        kept = True
+        if self.settings.bounds_served:
+            kept = _spare([(x, w) for x, _, w in inside], weight)
+        if self.settings.max_disagreement_overall is not None:
+            limit = self.settings.max_disagreement_overall
+            at_risk = [(limit - (1.0 - score), w) for _, score, w in inside]
+            kept = kept and _spare([*at_risk, (limit, total - weight)], total)
+        return kept
 
     def resumed(self, *, before: Phase) -> list[Event]:
         """Champion again: it goes on from what it had earned itself, and is checked from a rate of 1 down."""
@@ -740,6 +761,13 @@ class Trust:
 
 def _phase(before: Phase, after: Phase, signal: Signal, evidence: Mapping[str, Any]) -> Event:
     return Event(EventKind.PHASE, {"before": int(before), "after": int(after), "signal": signal.value, **evidence})
+
+
+def _spare(weighted: Sequence[tuple[float, float]], total: float) -> bool:
+    """Whether the weighted mean of X lies half a standard error above 0, or more."""
+    mean = sum(x * w for x, w in weighted) / total
+    square = sum(w * w * (x - mean) ** 2 for x, w in weighted) / (total * total)
+    return mean >= 0.5 * math.sqrt(square)
 
 
 def _rounded(value: float | None) -> float | None:
