@@ -39,8 +39,6 @@ class Teach(Protocol):
 
     def fit(self, rows: Sequence[int], adapter: Adapter | None = None) -> Fitted: ...
 
-    def joined(self, rows: Sequence[int], adapter: Adapter) -> Mapping[int, Answer]: ...
-
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -141,16 +139,14 @@ class _Replay:
     def _refit(self) -> None:
         bought = len(self.bought)
         self.due = bought + max(self.schedule.least, int(bought * self.schedule.growth))
-        before = self.fitted
-        if self.adapters and self.adapters[0].learnt <= (1.0 - self.schedule.held_out) * bought:
+        before, carries = self.fitted, 1.0
+        joins = bool(self.adapters) and self.adapters[0].learnt <= (1.0 - self.schedule.held_out) * bought
+        if joins:
             self.adapter = self.adapters.pop(0)
-            judged = self.teach.joined(self.bought, self.adapter)
-            self.fitted = self.teach.fit(self.bought, self.adapter)
-            carries = 1.0
-        else:
-            self.fitted = self.teach.fit(self.bought, self.adapter)
-            judged = self.fitted.judged
-            carries = 1.0 if before is None else self.schedule.caution * _changed(before.judged, judged)
+        self.fitted = self.teach.fit(self.bought, self.adapter)
+        judged = self.fitted.judged
+        if before is not None and not joins:
+            carries = self.schedule.caution * _changed(before.judged, judged, self.trust.threshold or 0.0)
         seed = [self._compare(row, answer) for row, answer in judged.items() if row >= self.changed_at]
         if before is not None and self.trust.heritable:
             self.trust.succeed(weigh_seed(seed, self.settings, self.same, self.draw), carries=carries)
@@ -158,9 +154,9 @@ class _Replay:
             self.trust.promoted(seed, self.same, self.draw)
 
 
-def _changed(before: Mapping[int, Answer], now: Mapping[int, Answer]) -> float:
-    """The share of requests of which both were asked that they answer otherwise; of few, what it may be."""
-    both = [row for row in before if row in now]
+def _changed(before: Mapping[int, Answer], now: Mapping[int, Answer], threshold: float) -> float:
+    """The share of what is served that they answer otherwise, of requests that both were asked; of few, the most."""
+    both = [row for row, (confidence, _) in now.items() if row in before and confidence >= threshold]
     return (sum(before[row][1] != now[row][1] for row in both) + 1.0) / (len(both) + 2.0)
 
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,8 @@ from apprentice.config import TrainingSettings, load_settings
 from apprentice.local import build_engine
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.schema import Schema, compact_json, parse_schema
-from apprentice.student.combiner import Combiner, HeadAnswer, fit_combiner
+from apprentice.student.combiner import Combiner, HeadAnswer
+from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import DEFAULT, Encoder, load_encoder
 from apprentice.student.fitting import Encodings, fit_head
 from apprentice.student.head import Head
@@ -73,7 +73,10 @@ class Pupils:
         self._encoder = _Remembering(encoder, encodings)
 
     def fit(self, rows: Sequence[int], adapter: Adapter | None = None) -> Fitted:
-        """A student that has learnt from these requests' answers, beside ``adapter``."""
+        """A student that has learnt from these requests' answers, beside ``adapter``.
+
+        It is judged by what it says of each without having learnt from it: the head alone of what the adapter learnt.
+        """
         inputs = [self.stream.inputs[row] for row in rows]
         outputs = [self.stream.answers[row] for row in rows]
         fitted = fit_head(self.schema, inputs, outputs, encoder=self._encoder)
@@ -82,25 +85,11 @@ class Pupils:
         fit = fit_combiner(self.schema, fitted.head.fields, fitted.held_back[first:], loras, outputs[first:])
         judged = {
             row: (answer.confidence, answer.output)
-            for row, answer, lora in zip(rows[first:], fit.answers, loras, strict=True)
-            if answer is not None and (adapter is None or lora is not None)
+            for row, answer in zip(rows[first:], fit.answers, strict=True)
+            if answer is not None
         }
         sure = None if adapter is None else fit.sure
         return Fitted(HeadAndAdapter(self, fitted.head, fit.combiner, adapter, sure), judged)
-
-    def joined(self, rows: Sequence[int], adapter: Adapter) -> Mapping[int, Answer]:
-        """What a new adapter and a head, neither of which saw them, say of the requests that it was not taught."""
-        taught, others = [r for r in rows if r < adapter.learnt], [r for r in rows if r >= adapter.learnt]
-        blind = fit_head(self.schema, *self._columns(taught), encoder=self._encoder).head
-        _, outputs = self._columns(others)
-        heads = self.head_says(blind, others)
-        loras = [self.adapter_says(adapter, row) for row in others]
-        fit = fit_combiner(self.schema, blind.fields, heads, loras, outputs)
-        return {
-            row: (answer.confidence, answer.output)
-            for row, answer in zip(others, fit.answers, strict=True)
-            if answer is not None
-        }
 
     def head_says(self, head: Head, rows: Sequence[int]) -> list[HeadAnswer]:
         inputs = [self.stream.inputs[row] for row in rows]
@@ -115,9 +104,6 @@ class Pupils:
             output[name], confidence[name] = values[int(p.argmax())], float(p.max())
             distributions[name] = {compact_json(v): float(q) for v, q in zip(values, p, strict=True)}
         return LocalAnswer(output, min(confidence.values()), confidence, "recorded", 0, 0, None, distributions)
-
-    def _columns(self, rows: Sequence[int]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, str]]]:
-        return [self.stream.inputs[row] for row in rows], [self.stream.answers[row] for row in rows]
 
 
 class HeadAndAdapter:

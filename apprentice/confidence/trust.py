@@ -337,9 +337,10 @@ class Trust:
         """A successor of the same lineage takes over: it goes on from all that its predecessors had earned.
 
         ``seed`` is what it says of earlier comparisons, each without having learnt from that one; None if it was not
-        asked again. They bet for it anew, and what they certify is served, if they weigh as much as what its predecessors' bets were
-        made on, or if it is more than is served now. Otherwise the earlier certificate stands: it was given to a
-        learner that answered each comparison before it learnt from it, and not to one set of weights.
+        asked again. They bet for it anew, and if they certify more than is served now, that is served. The earlier
+        certificate stands otherwise: it was given to a learner that answered each comparison before it learnt from it,
+        and not to one set of weights. Only if they weigh as much as what it was earned with, and by them the served
+        slice itself misses its target or nearly so, the smaller slice that they certify is served.
 
         A successor that is worse is the guard's to find, so the sampling rate does not fall below ``carries``, which is
         clipped to 1: what the caller knows of how different the successor is, 0 where it answers alike.
