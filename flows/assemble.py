@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from prefect import flow
 from apprentice.errors import TrainingError
 from apprentice.local.adapter import adapter_folder, stored_path
 from apprentice.local.engine import LocalAnswer, Version
+from apprentice.schema import compact_json
 from apprentice.store.records import RunRecord, VersionRecord
-from apprentice.student.combiner import Combined, HeadAnswer
+from apprentice.student.combiner import Combined, Combiner, HeadAnswer
 from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import load_encoder
 from apprentice.student.files import OWN, Student, adapter_of, read_student, student_name, write_student
@@ -39,7 +41,7 @@ from flows.workshop import Workshop, workshop
 __all__ = ["assemble", "assemble_run"]
 
 _HELD_BACK = "held_back.json"
-"""Beside a student: what its head said of each example when fitted on the others. Decides no answer."""
+"""Beside a student: what it said of each example without having learnt from it. Decides no answer."""
 _MOST_JUDGED = 4000  # the newest examples that a refitted head is judged and calibrated by
 _MOST_ASKED = 400  # of them, those that an adapter has to answer now
 _NOT_THE_ADAPTERS = ("student.json", "head.*", "probe.json", "promotion.md", _HELD_BACK)
@@ -71,6 +73,16 @@ def assemble_run(shop: Workshop, run: RunRecord) -> Assembled:
         made = _Maker(shop, run, dataset).trained(Trained(**trained))
     write_result(bench, "assembled", made)
     return made
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """A student's parts, and what it says of examples that none of them was fitted on."""
+
+    head: Head
+    combiner: Combiner
+    sure: float | None
+    said: list[Foretold]
 
 
 class _Maker:
@@ -108,46 +120,51 @@ class _Maker:
             for at, (row, answer) in enumerate(zip(held_out, fit.answers, strict=True))
         ]
         everything = self._in_order(train + held_out)
-        fitted = fit_head(self.schema, *_columns(everything), encoder=encoder)
-        encoder.save()
-        student = Student(fitted.head.encoder, OWN, fit.sure, fit.combiner.to_json())
-        name, there = self._write(student, fitted.head, everything, fitted.held_back, adapter=folder)
+        told = {row.id: lora for row, lora in zip(held_out, loras, strict=True)}
+        learnt = self._learn(everything, encoder, told)
+        student = Student(learnt.head.encoder, OWN, learnt.sure, learnt.combiner.to_json())
+        name, there = self._write(student, learnt, adapter=folder)
         number = _register(self.shop, self.run, name, there, trained, ("head", "lora"))
         # It goes on in the lineage of the head beside it, and is checked as a stranger would be.
         carries = None if champions is None else 1.0
-        return Assembled(name, str(there), number, trained.trained_on, None, answers, carries)
+        return Assembled(name, str(there), number, trained.trained_on, None, answers, learnt.said, carries)
 
     def refitted(self) -> Assembled:
         """The head anew on all examples, beside the champion's adapter."""
         rows = self._in_order([*read_rows(self.dataset.train), *read_rows(self.dataset.held_out)])
         encoder = self._encoder()
-        inputs, outputs = _columns(rows)
-        fitted = fit_head(self.schema, inputs, outputs, encoder=encoder)
         before = None if self.champion is None else read_student(self._folder(self.champion))
         shared = None if before is None or self.champion is None else before.adapter
         if shared == OWN and self.champion is not None:
             shared = self.champion.name
-        first = max(0, len(rows) - _MOST_JUDGED)
-        judged, tested = rows[first:], [True] * (len(rows) - first)
-        loras: list[LocalAnswer | None] = [None] * len(judged)
-        if shared is not None and before is not None:
-            loras, tested = self._of_the_untaught(shared, before, judged)
-        fit = fit_combiner(
-            self.schema, fitted.head.fields, fitted.held_back[first:], loras, outputs[first:], evaluator=self.evaluate
-        )
-        encoder.save()
-        foretold = [
-            _foretold(row, answer, None)
-            for row, answer, judges in zip(judged, fit.answers, tested, strict=True)
-            if judges and answer is not None
-        ]
-        sure = None if shared is None else fit.sure
-        student = Student(fitted.head.encoder, shared, sure, fit.combiner.to_json())
-        name, there = self._write(student, fitted.head, rows, fitted.held_back)
-        base = fitted.head.encoder if shared is None else self.shop.settings.local.base_model
+        told = self._of_the_untaught(shared, before, rows) if shared is not None and before is not None else {}
+        learnt = self._learn(rows, encoder, told)
+        sure = None if shared is None else learnt.sure
+        student = Student(learnt.head.encoder, shared, sure, learnt.combiner.to_json())
+        name, there = self._write(student, learnt)
+        base = learnt.head.encoder if shared is None else self.shop.settings.local.base_model
         made = Trained(name, str(there), len(rows), self.dataset.card.held_out, base, record={"head": "refitted"})
         number = _register(self.shop, self.run, name, there, made, ("head",) if shared is None else ("head", "lora"))
-        return Assembled(name, str(there), number, len(rows), None, foretold, self._carries(rows, fitted.held_back))
+        return Assembled(name, str(there), number, len(rows), None, learnt.said, None, self._carries(learnt.said))
+
+    def _learn(
+        self, rows: Sequence[TrainingRow], encoder: RememberingEncoder, told: Mapping[str, LocalAnswer | None]
+    ) -> _Learnt:
+        """A head fitted on all of ``rows``, and how to combine it with an adapter that said what is ``told`` by id.
+
+        What the two would have said of the newest rows comes with it, neither having learnt from the row: of those that
+        are not in ``told``, because the adapter learnt from them, the head speaks alone.
+        """
+        inputs, outputs = _columns(rows)
+        fitted = fit_head(self.schema, inputs, outputs, encoder=encoder)
+        encoder.save()
+        first = max(0, len(rows) - _MOST_JUDGED)
+        judged = rows[first:]
+        loras = [told.get(row.id) for row in judged]
+        held_back = fitted.held_back[first:]
+        fit = fit_combiner(self.schema, fitted.head.fields, held_back, loras, outputs[first:], evaluator=self.evaluate)
+        said = [_foretold(row, one, None) for row, one in zip(judged, fit.answers, strict=True) if one is not None]
+        return _Learnt(fitted.head, fit.combiner, fit.sure, said)
 
     # -- what the halves say ---------------------------------------------------------------------------------------
 
@@ -209,29 +226,22 @@ class _Maker:
 
     def _of_the_untaught(
         self, version: str, student: Student, rows: Sequence[TrainingRow]
-    ) -> tuple[list[LocalAnswer | None], list[bool]]:
-        """What the adapter of ``version`` says of the rows that it did not learn from, and which these are.
+    ) -> dict[str, LocalAnswer | None]:
+        """By id, what the adapter of ``version`` says of the rows that it did not learn from.
 
-        Of those that it was never asked for, the newest few: the others judge nobody until it is.
+        Of those that it was never asked for, the newest few: the others wait until there are fewer.
         """
         folder = self._folder(self.champion)
-        found = adapter_of(folder, student)
-        taught = self._taught(version)
+        found, taught = adapter_of(folder, student), self._taught(version)
         if found is None or taught is None:
-            return [None] * len(rows), [False] * len(rows)
+            return {}
         remembered = self._answers_of(found[0])
-        unknown = [at for at, row in enumerate(rows) if row.id not in taught and not remembered.knows(row)]
-        left_out = set(unknown[:-_MOST_ASKED])
-        asked = [at for at, row in enumerate(rows) if row.id not in taught and at not in left_out]
-        told = remembered.answers(
-            [rows[at] for at in asked], lambda inputs: self._adapter_says(folder, student, inputs)
-        )
+        others = [row for row in rows if row.id not in taught]
+        left_out = {row.id for row in [row for row in others if not remembered.knows(row)][:-_MOST_ASKED]}
+        asked = [row for row in others if row.id not in left_out]
+        told = remembered.answers(asked, lambda inputs: self._adapter_says(folder, student, inputs))
         remembered.save()
-        loras: list[LocalAnswer | None] = [None] * len(rows)
-        tested = [False] * len(rows)
-        for at, answer in zip(asked, told, strict=True):
-            loras[at], tested[at] = answer, True
-        return loras, tested
+        return {row.id: answer for row, answer in zip(asked, told, strict=True)}
 
     def _taught(self, version: str) -> set[str] | None:
         """The examples that the adapter of ``version`` learnt from; None if nobody knows any more."""
@@ -243,11 +253,11 @@ class _Maker:
             return None
         return {row.id for row in read_rows(dataset.train)}
 
-    def _carries(self, rows: Sequence[TrainingRow], held_back: Sequence[HeadAnswer]) -> float | None:
+    def _carries(self, said: Sequence[Foretold]) -> float | None:
         """At which sampling rate a refit may go on with the champion's evidence; None if there is none to go on with.
 
-        Five times the share of answers that differ between the two heads, both asked for examples that they were not
-        fitted on; of few examples, the larger end of what the share may be.
+        Five times the share of what is served that the two students answer otherwise, both asked for examples that they
+        did not learn from; of few examples, the larger end of what the share may be.
         """
         if self.champion is None or "head" not in halves_of(self.champion):
             return None
@@ -255,11 +265,10 @@ class _Maker:
             before = json.loads((self._folder(self.champion) / _HELD_BACK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return 1.0
-        now = dict(zip((row.id for row in rows), map(_choices, held_back), strict=True))
-        both = [(before[row_id], now[row_id]) for row_id in now if row_id in before]
-        changed = sum(a != b for a, b in both)
-        share = (changed + 1.0) / (len(both) + 2.0)
-        return float(min(1.0, _CHECKS_PER_CHANGE * share))
+        threshold = self.shop.store.policy_row(self.run.task).threshold or 0.0
+        both = [one for one in said if one.id in before and one.confidence >= threshold]
+        changed = sum(before[one.id] != _text(one) for one in both)
+        return float(min(1.0, _CHECKS_PER_CHANGE * (changed + 1.0) / (len(both) + 2.0)))
 
     # -- writing it down -------------------------------------------------------------------------------------------
 
@@ -275,15 +284,7 @@ class _Maker:
             raise TrainingError(f"version {name} has no folder {folder}; restore it, or choose another champion")
         return folder
 
-    def _write(
-        self,
-        student: Student,
-        head: Head,
-        rows: Sequence[TrainingRow],
-        held_back: Sequence[HeadAnswer],
-        *,
-        adapter: Path | None = None,
-    ) -> tuple[str, Path]:
+    def _write(self, student: Student, learnt: _Learnt, *, adapter: Path | None = None) -> tuple[str, Path]:
         """The student's folder, under its name; whole or not at all."""
         home = self.shop.adapters(self.run.task)
         work = home / f".assembling-{self.run.id}"
@@ -291,9 +292,9 @@ class _Maker:
         if adapter is not None:
             _copy_adapter(adapter, work)
         work.mkdir(parents=True, exist_ok=True)
-        head.save(work)
+        learnt.head.save(work)
         write_student(work, student)
-        said = dict(zip((row.id for row in rows), map(_choices, held_back), strict=True))
+        said = {one.id: _text(one) for one in learnt.said}
         write_whole(work / _HELD_BACK, json.dumps(said, separators=(",", ":")) + "\n")
         name = student_name(work)
         there = home / name
@@ -354,9 +355,8 @@ def _columns(rows: Sequence[TrainingRow]) -> tuple[list[Mapping[str, Any]], list
     return [row.input for row in rows], [row.output for row in rows]
 
 
-def _choices(answer: HeadAnswer | None) -> list[int] | None:
-    """Which value a head chose of each field, by its place."""
-    return None if answer is None else [int(p.argmax()) for p in answer.probabilities.values()]
+def _text(one: Foretold) -> str:
+    return compact_json(one.local)
 
 
 def _foretold(row: TrainingRow, answer: Combined | None, champion: Combined | None) -> Foretold:

@@ -49,8 +49,9 @@ class Foretold:
 class Assembled:
     """What assemble leaves: the version and its MLflow number.
 
-    ``answers`` are what it is judged by; None if the engine is to be asked. ``carries`` is the sampling rate at which
-    it may go on with the champion's evidence (`Judge.promote`), None if it begins with its own.
+    ``answers`` are what it is judged by; None if the engine is to be asked. ``evidence`` is what its trust is to begin
+    with, None if that is the same. ``carries`` is the sampling rate at which it may go on with the champion's evidence
+    (`Judge.promote`), None if it begins with its own.
     """
 
     version: str
@@ -59,13 +60,15 @@ class Assembled:
     trained_on: int
     remote_model: str | None = None
     answers: list[Foretold] | None = None
+    evidence: list[Foretold] | None = None
     carries: float | None = None
 
     @classmethod
     def of_json(cls, data: dict[str, Any]) -> Assembled:
         """What `read_result` gave."""
-        answers = data["answers"]
-        return cls(**{**data, "answers": None if answers is None else [Foretold(**row) for row in answers]})
+        told = {name: data.get(name) for name in ("answers", "evidence")}
+        lists = {name: None if rows is None else [Foretold(**row) for row in rows] for name, rows in told.items()}
+        return cls(**{**data, **lists})
 
 
 @dataclass(frozen=True, slots=True)
