@@ -200,7 +200,8 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
     """
     since = changed_at(shop, run.task)
     fresh = None if since is None else {e.id for e in shop.store.examples(run.task) if e.created_at >= since}
-    bought = shop.store.overbought(run.task, {a.id for a in validated.answers})
+    answers = validated.answers if validated.evidence is None else validated.evidence
+    bought = shop.store.overbought(run.task, {a.id for a in answers})
     at = shop.clock()
     return [
         ComparisonRecord(
@@ -219,7 +220,7 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
             seeded=True,
             created_at=at,
         )
-        for a in validated.answers
+        for a in answers
         for rate, probability in [bought.get(a.id, (1.0, 1.0))]
         if a.score is not None and a.local is not None and a.confidence is not None
         if fresh is None or a.id in fresh

@@ -115,6 +115,15 @@ class Validated:
     notes: list[str] = field(default_factory=list)
     carries: float | None = None
     """See `Assembled`."""
+    evidence: list[Answered] | None = None
+    """What its trust begins with; None if that is ``answers``."""
+
+    @classmethod
+    def of_json(cls, data: dict[str, Any]) -> Validated:
+        """What `read_result` gave."""
+        told = {name: data.get(name) for name in ("answers", "evidence")}
+        lists = {name: None if rows is None else [Answered(**row) for row in rows] for name, rows in told.items()}
+        return cls(**{**data, **lists})
 
     @property
     def answered(self) -> float:

@@ -32,7 +32,7 @@ from flows.dataset import load_dataset, write_whole
 from flows.gate import ENOUGH
 from flows.runs import advance, run_of
 from flows.steps import Answered, Assembled, Foretold, Validated, read_result, write_result
-from flows.trainers import read_rows
+from flows.trainers import TrainingRow, read_rows
 from flows.workshop import Workshop, workshop
 
 __all__ = ["figures_of", "validate", "validate_run"]
@@ -67,7 +67,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     bench = shop.bench(run)
     known = read_result(bench, "validated")
     if known is not None:
-        return Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
+        return Validated.of_json(known)
     advance(shop, run, "validate")
     trained = Assembled.of_json(_needed(bench))
     # The run may have begun on another machine, or in a home that was moved since.
@@ -75,11 +75,11 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     trained = replace(trained, folder=str(folder))
     dataset = load_dataset(shop.datasets(run.task), run.data_digest)
     rows = list(read_rows(dataset.held_out))
+    wanted: dict[str, TrainingRow] = {}
     if trained.answers is not None:
         wanted = {row.id: row for row in [*rows, *read_rows(dataset.train)]}
         rows = [wanted[known.id] for known in trained.answers if known.id in wanted]
     schema, takes = shop.task(run.task).output_schema, shop.task(run.task).input_schema
-    evaluate = shop.judge.bounded_evaluator(run.task)
     engine = shop.engine
     engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
@@ -103,42 +103,19 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
             bereft = [f"not compared with the champion {champion}, which cannot be loaded: {error}"]
             _log.warning("%s: %s", run.task, bereft[0])
             champion = None
-    bought = shop.store.overbought(run.task, {row.id for row in rows})
-    judged: list[Answered] = []
-    failed: list[EvaluatorError] = []
-    for row, answer in zip(rows, answers, strict=True):
-        if isinstance(answer, LocalAnswer):
-            try:
-                score, parts = evaluate(answer.output, row.output)
-            except EvaluatorError as error:
-                failed.append(error)
-                continue  # it says nothing about the candidate
-            local, confidence = dict(answer.output), shop.judge.rate(run.task, answer).confidence
-        else:
-            score, parts, local, confidence = None, {}, None, None
-        sampling_rate, probability = bought.get(row.id, (1.0, 1.0))
-        judged.append(
-            Answered(
-                row.id,
-                local,
-                dict(row.output),
-                score,
-                dict(parts),
-                confidence,
-                champions[row.id].score if row.id in champions else None,
-                sampling_rate / probability,
-                champions[row.id].confidence if row.id in champions else None,
-            )
-        )
+    judged, failed = _judged(shop, run.task, rows, answers, champions)
     if 2 * len(failed) > len(rows):
         # The gate would refuse it for want of scores, which would be a verdict on the evaluator.
         raise EvaluatorError(f"{len(failed)} of {len(rows)} held-out answers were not scored: {failed[-1]}")
+    more = [known for known in trained.evidence or () if known.id in wanted]
+    told_more = [_as_answered(known, trained.version) for known in more]
+    begins_with, _ = _judged(shop, run.task, [wanted[known.id] for known in more], told_more, {})
     active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, asked, told)
     promise = trust_settings(shop.settings, shop.task(run.task))
     locals_of = {row_id: one.local for row_id, one in champions.items() if one.local is not None}
     result = figures_of(
         judged,
-        evaluate,
+        shop.judge.bounded_evaluator(run.task),
         trained.version,
         champion,
         active,
@@ -147,7 +124,8 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
         bereft + notes,
         champions=locals_of if needs_chance(promise) else {},
     )
-    result = replace(result, carries=trained.carries)
+    evidence = None if trained.evidence is None else begins_with
+    result = replace(result, carries=trained.carries, evidence=evidence)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")
     tracked.metrics(
         {
@@ -164,6 +142,45 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     )
     write_result(bench, "validated", result)
     return result
+
+
+def _judged(
+    shop: Workshop,
+    task: str,
+    rows: Sequence[TrainingRow],
+    answers: Sequence[LocalAnswer | Exception],
+    champions: Mapping[str, _Scored],
+) -> tuple[list[Answered], list[EvaluatorError]]:
+    """The answers with their scores; and why some have none, which says nothing about who answered."""
+    evaluate = shop.judge.bounded_evaluator(task)
+    bought = shop.store.overbought(task, {row.id for row in rows})
+    judged: list[Answered] = []
+    failed: list[EvaluatorError] = []
+    for row, answer in zip(rows, answers, strict=True):
+        if isinstance(answer, LocalAnswer):
+            try:
+                score, parts = evaluate(answer.output, row.output)
+            except EvaluatorError as error:
+                failed.append(error)
+                continue
+            local, confidence = dict(answer.output), shop.judge.rate(task, answer).confidence
+        else:
+            score, parts, local, confidence = None, {}, None, None
+        sampling_rate, probability = bought.get(row.id, (1.0, 1.0))
+        judged.append(
+            Answered(
+                row.id,
+                local,
+                dict(row.output),
+                score,
+                dict(parts),
+                confidence,
+                champions[row.id].score if row.id in champions else None,
+                sampling_rate / probability,
+                champions[row.id].confidence if row.id in champions else None,
+            )
+        )
+    return judged, failed
 
 
 def _needed(bench: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from apprentice.student.features import Plan, whole_text
 from apprentice.student.fields import finite_fields
 from apprentice.student.head import Head, HeadAnswer, Layer, distances, softmax
 
-__all__ = ["Encodings", "Fitted", "fit_head", "progressive"]
+__all__ = ["Encodings", "Fitted", "fit_head"]
 
 type Floats = NDArray[np.float64]
 type Embeddings = Mapping[str, NDArray[Any]] | NDArray[Any]
@@ -98,39 +98,6 @@ def fit_head(
     return _fit(fields, inputs, outputs, encoder, encodings, weights, seed)
 
 
-def progressive(
-    schema: Schema,
-    inputs: Sequence[Mapping[str, Any]],
-    outputs: Sequence[Mapping[str, Any]],
-    *,
-    encoder: Encoder,
-    first: int = 20,
-    growth: float = 1.15,
-    embeddings: Embeddings | None = None,
-) -> list[HeadAnswer | None]:
-    """Each row as answered by a head that was fitted on rows before it alone; None for the ``first`` rows.
-
-    Test, then train (prequential, Dawid 1984): heads are fitted on the first ``first`` rows, and whenever there are
-    ``growth`` times as many as for the last. Nothing of a row, not even its input, decides anything about its head.
-
-    Raises ValueError as `fit_head` does, for ``first`` below 1 and for a ``growth`` not above 1.
-    """
-    if first < 1 or not growth > 1.0:
-        raise ValueError(f"first is {first} and growth {growth}; they are to be at least 1 and above 1")
-    if not inputs:
-        return []
-    fields = _checked(schema, inputs, outputs, None)
-    encodings = _encodings(encoder, inputs, embeddings)
-    answers: list[HeadAnswer | None] = [None] * min(first, len(inputs))
-    start = first
-    while start < len(inputs):
-        end = min(max(math.ceil(start * growth), start + 1), len(inputs))
-        head = _fit(fields, inputs[:start], outputs[:start], encoder, encodings, None, 0, held_back=False).head
-        answers += head.predict_vectors(*head.plan.vectors(inputs[start:end], encodings.encode))
-        start = end
-    return answers
-
-
 def _checked(
     schema: Schema,
     inputs: Sequence[Mapping[str, Any]],
@@ -165,8 +132,6 @@ def _fit(
     encodings: Encodings,
     weights: Sequence[float] | None,
     seed: int,
-    *,
-    held_back: bool = True,
 ) -> Fitted:
     keys: dict[str, int] = {}
     group = np.array([keys.setdefault(_key(one), len(keys)) for one in inputs])
@@ -185,8 +150,6 @@ def _fit(
     kept = np.sort(draw.permutation(len(firsts))[:_KNOWN])
     known = place[kept].astype(np.float16)
     head = Head(fields, encoder, plan, layers, known)
-    if not held_back:
-        return Fitted(head, [])
     far = _distances_to_others(place, kept, known)
     answers = [HeadAnswer({name: p[at] for name, p in left_out.items()}, float(far[at])) for at in range(len(firsts))]
     return Fitted(head, [answers[at] for at in group])

@@ -99,7 +99,7 @@ def live(home: Home, version: str, count: int) -> None:
 
 
 def test_a_head_is_a_version_after_sixty_answers(teller: Home) -> None:
-    """It is judged by answers to examples that it had not seen, all but the first, and nothing is held out from it."""
+    """It is judged by all examples, each answered by a head fitted on the others, and nothing is held out from it."""
     result = coached(teller)
     assert result.promoted, result
     rows = result.trained_on
@@ -109,7 +109,7 @@ def test_a_head_is_a_version_after_sixty_answers(teller: Home) -> None:
     assert version.record["halves"] == ["head"]
     assert version.record["kind"] == "refit"
     seeds = teller.store.comparisons("mood", version=version.name)
-    assert len(seeds) == min(rows - 20, 40)
+    assert len(seeds) == rows
     assert all(c.seeded for c in seeds)
     folder = teller.settings.model_dir / "mood" / version.name
     student = read_student(folder)
@@ -125,9 +125,8 @@ def test_a_head_is_a_version_after_sixty_answers(teller: Home) -> None:
 
 
 def test_a_refit_goes_on_with_what_its_lineage_has_earned(teller: Home) -> None:
-    """Due after a few more answers; evidence, phase and threshold stay."""
+    """Due after a few more answers; it goes on serving as much at least, and its comparisons are not recorded again."""
     first = coached(teller).version or ""
-    assert teller.store.policy_row("mood").phase == 2
     for _ in range(20):
         if teller.store.policy_row("mood").phase == 3:
             break
@@ -143,7 +142,10 @@ def test_a_refit_goes_on_with_what_its_lineage_has_earned(teller: Home) -> None:
     assert result.promoted, result
     assert result.version != first
     after = teller.store.policy_row("mood")
-    assert (after.phase, after.threshold) == (before.phase, before.threshold)
+    assert after.phase == 3
+    assert after.threshold is not None
+    assert before.threshold is not None
+    assert after.threshold <= before.threshold
     assert json.loads(after.trust)["comparisons"] == json.loads(before.trust)["comparisons"]
     assert teller.store.comparisons("mood", version=result.version or "") == []
     assert "not_clearly_worse" in result.reason or "coverage_odds" in result.reason
@@ -163,8 +165,7 @@ def test_a_refit_that_is_clearly_worse_is_refused(teller: Home, monkeypatch: pyt
 
         return fit
 
-    for name in ("fit_head", "progressive"):
-        monkeypatch.setattr(step, name, spoilt(getattr(step, name)))
+    monkeypatch.setattr(step, "fit_head", spoilt(step.fit_head))
     result = coached(teller)
     assert not result.promoted
     assert teller.store.policy_row("mood").champion == first
@@ -237,18 +238,19 @@ def test_a_champion_without_a_head_is_asked_as_it_is(
     assert sum(scores) / len(scores) > 0.9
 
 
-def test_refits_in_a_row_are_attempts_on_the_same_examples() -> None:
-    """A refused adapter between them does not make the earlier ones forgotten; a chosen adapter does."""
+def test_a_refit_is_no_other_attempt_and_makes_none_forgotten() -> None:
+    """The same learner a little later; adapters that were refused still count over the refits between them."""
 
     def version(at: int, status: VersionStatus, kind: str) -> VersionRecord:
         rest = ("", "", 1, 1, "", None, "")
         return VersionRecord(f"v{at}", "mood", status, *rest, record={"kind": kind}, created_at=float(at))
 
-    row = [version(1, "retired", "refit"), version(2, "retired", "refit"), version(3, "rejected", "train")]
-    row += [version(4, "champion", "refit"), version(5, "candidate", "refit")]
-    assert attempts_of(row, row[-1]) == 5
-    row[2] = version(3, "retired", "train")
-    assert attempts_of(row, row[-1]) == 2
+    row = [version(1, "retired", "refit"), version(2, "rejected", "train"), version(3, "retired", "refit")]
+    row += [version(4, "candidate", "train"), version(5, "champion", "refit")]
+    assert attempts_of(row, row[-1]) == 1
+    assert attempts_of(row, row[3]) == 2
+    row[1] = version(2, "retired", "train")
+    assert attempts_of(row, row[3]) == 1
 
 
 def test_a_killed_refit_assembles_one_version(teller: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from apprentice.schema import parse_schema
 from apprentice.student import encoder as encoders
 from apprentice.student import fitting
 from apprentice.student.fields import finite_fields
-from apprentice.student.fitting import fit_head, progressive
+from apprentice.student.fitting import fit_head
 from apprentice.student.head import Head
 
 DIMENSIONS = 12
@@ -118,28 +118,6 @@ def test_rows_of_one_text_leave_together() -> None:
     learnt = fitted.head.predict([odd])[0].probabilities["label"][2]
     assert learnt > held[0].probabilities["label"][2]
     assert held[0].probabilities["label"] == pytest.approx(before.probabilities["label"], abs=0.1)
-
-
-def test_progressive_answers_are_of_heads_fitted_on_earlier_rows_alone() -> None:
-    """The same as fitting on what came before; and nothing later, nor the row itself, changes an answer."""
-    inputs, outputs = world(90)
-    found = progressive(SCHEMA, inputs, outputs, encoder=Fake(), first=20, growth=1.5)
-    assert found[:20] == [None] * 20
-    starts = [20, 30, 45, 68, 90]
-    for start, end in itertools.pairwise(starts):
-        head = fit_head(SCHEMA, inputs[:start], outputs[:start], encoder=Fake()).head
-        for one, expected in zip(found[start:end], head.predict(inputs[start:end]), strict=True):
-            assert one is not None
-            assert same(one, expected)
-    for cut in (21, 50, 77):
-        others = [{"label": "b", "urgent": False}] * (90 - cut)
-        strange = [*inputs[: cut + 1], *({"text": "zzz", "number": 7}, *inputs[cut + 2 :])][:90]
-        changed = progressive(SCHEMA, strange, [*outputs[:cut], *others], encoder=Fake(), first=20, growth=1.5)
-        assert all(same(a, b) for a, b in zip(changed[20 : cut + 1], found[20 : cut + 1], strict=True))
-    assert progressive(SCHEMA, inputs[:5], outputs[:5], encoder=Fake()) == [None] * 5
-    assert progressive(SCHEMA, [], [], encoder=Fake()) == []
-    with pytest.raises(ValueError, match="growth"):
-        progressive(SCHEMA, inputs, outputs, encoder=Fake(), growth=1.0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
