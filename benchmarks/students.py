@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ from benchmarks.recorded import STREAMS, Stream, read_stream
 from flows.trainers import TrainingJob
 from flows.trainers.peft import PeftTrainer
 
-__all__ = ["Adapter", "Answer", "Fitted", "HeadAndAdapter", "Pupils", "read_adapters"]
+__all__ = ["Adapter", "Answer", "Fitted", "Pupils", "Student", "read_adapters"]
 
 CONFIG = Path(__file__).parent / "isear_10.yaml"
 _JUDGED = 4000  # as flows.assemble
@@ -54,11 +55,18 @@ class Adapter:
     probabilities: Mapping[str, NDArray[np.float32]]
 
 
+class Student(Protocol):
+    """What has learnt."""
+
+    def answer(self, row: int) -> Answer:
+        """Its answer to one request of the stream."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A student, and what it says of requests that it did not learn from: ``judged`` by their place in the stream."""
 
-    student: HeadAndAdapter
+    student: Student
     judged: Mapping[int, Answer]
 
 
