@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from functools import partial
 
 import httpx
 
@@ -69,9 +71,14 @@ class StormResult:
     used: str
 
 
-def _storm_worker(url: str, calls: int, threads: int, pipe: int) -> None:
-    """Make ``calls`` calls from ``threads`` threads at once, and write each answered one's id to ``pipe``."""
+def _storm_worker(url: str, calls: int, threads: int, pipe: int, *, dies: bool) -> None:
+    """Make ``calls`` calls from ``threads`` threads at once, and write each answered one's id to ``pipe``.
+
+    One that ``dies`` is killed at its third answer or its first refusal, with its other threads in flight. It does that
+    itself: a parent that gets no turn for a while would find it gone.
+    """
     owner = str(os.getpid())
+    answers = itertools.count(1)
     store = Store.open(url)
     budget = _budget(store, owner)
 
@@ -85,8 +92,12 @@ def _storm_worker(url: str, calls: int, threads: int, pipe: int) -> None:
                     paid.settle(PRICE, Usage(10, 1))
                 account.complete(_example(request_id))
         except BudgetExceeded:
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
             return
         os.write(pipe, f"{request_id}\n".encode())
+        if next(answers) >= 3 and dies:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(call, range(calls)))
@@ -123,7 +134,7 @@ def _fork(work: Callable[[int], None]) -> _Child:
 def storm(url: str, *, processes: int = 8, calls: int = 200, kills: int = 3, threads: int = 25) -> StormResult:
     """Let the processes loose on one cap, kill some in flight, and take stock. The caller must have no threads."""
     Store.open(url).close()
-    children = [_fork(lambda pipe: _storm_worker(url, calls, threads, pipe)) for _ in range(processes)]
+    children = [_fork(partial(_storm_worker, url, calls, threads, dies=n < kills)) for n in range(processes)]
     store = Store.open(url)
     budget = _budget(store)
     key = budget.windows("t")[0].key
@@ -139,10 +150,6 @@ def storm(url: str, *, processes: int = 8, calls: int = 200, kills: int = 3, thr
         state = store.window_states([key]).get(key)
         peak = max(peak, state.committed if state else Decimal(0))
         looks += 1
-        for child in children[:kills]:
-            # Its other threads are in flight. One that the others leave no turn is killed while there is money left.
-            if child.pipe in alive and (len(child.answered) >= 3 or peak > CAP / 2):
-                os.kill(child.pid, signal.SIGKILL)
     for child in children:
         code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
         if code not in (0, -signal.SIGKILL):
