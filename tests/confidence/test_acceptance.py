@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from apprentice.confidence.acceptance import ENTRIES, Slices, _stake, grid
+from apprentice.confidence.acceptance import ENTRIES, Slices, _stake, grid, promising
 from benchmarks.trust import DELTA, measure_lineage, measure_overall, measure_slices, tail_bound
 
 
@@ -31,6 +31,38 @@ def test_a_confidence_that_says_nothing(confidences: list[float]):
     assert thresholds[-1] == 0.0
     assert len(thresholds) <= 2
     Slices(thresholds, DELTA, confidences)
+
+
+def test_the_grid_counts_the_traffic_and_not_the_comparisons():
+    """One that stands for nine moves the thresholds as nine alike would."""
+    some, weights = [i / 20 for i in range(20)], [9.0 if i >= 15 else 1.0 for i in range(20)]
+    plainly = [g for g, weight in zip(some, weights, strict=True) for _ in range(int(weight))]
+    assert grid(some, 0.1, weights=weights) == grid(plainly, 0.1)
+    assert grid(some, 0.1, weights=weights) != grid(some, 0.1)
+
+
+def test_what_is_promising_is_what_a_calibrated_model_would_be_certified_on():
+    """Of confidences from 0 to 1, believed: the largest slice that errs two fifths of what may be; weights count."""
+    confidences = [(i + 0.5) / 1000 for i in range(1000)]
+    expected = [(g, 0.1 - (1.0 - g), 1.0) for g in confidences]
+    assert promising(expected) == pytest.approx(0.08, abs=0.001)  # the mean of 1 - g over [.92, 1] is .04
+    heavy = [(g, x, 5.0 if g > 0.92 else 1.0) for g, x, _ in expected]
+    assert promising(heavy) == pytest.approx(0.303, abs=0.002)
+    assert promising([(g, 0.1 - (1.0 - g), 1.0) for g in confidences if g < 0.9]) is None
+    assert promising([]) is None
+
+
+def test_most_of_delta_enters_at_the_slice_that_promises_most():
+    """And some at every slice, because confidences may be wrong."""
+    confidences = [i / 100 for i in range(1, 101)]
+    slices = Slices(grid(confidences, 0.1), DELTA, confidences, entry=0.6)
+    held = slices.entry_shares()
+    assert sum(held) == pytest.approx(1.0)
+    assert min(held) > 0.0
+    assert slices.shares[held.index(max(held))] == pytest.approx(0.6, abs=0.02)
+    assert max(held) > 0.5
+    again = Slices.load(json.loads(json.dumps(slices.dump())))
+    assert again.entry_shares() == pytest.approx(held, abs=1e-6)
 
 
 def test_the_entries_share_out_delta():

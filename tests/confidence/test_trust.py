@@ -434,60 +434,6 @@ def test_what_was_champion_before_goes_on_from_what_it_had_earned():
     assert (moved.evidence["before"], moved.evidence["after"]) == (2, 3)
 
 
-@pytest.mark.parametrize(("carries", "at_least"), [(0.0, 0.0), (0.3, 0.3), (7.0, 1.0)])
-def test_a_refit_goes_on_from_all_that_its_lineage_has_earned(carries: float, at_least: float):
-    """All but the rate is as it was, to the letter; the rate is at least what the caller asks, and at most 1."""
-    world = World()
-    world.promote(seed=300)
-    world.requests(1500)
-    before, rate = json.loads(world.trust.dumps()), world.trust.rate
-    assert rate < 0.3
-    (event,) = world.trust.succeed(carries=carries)
-    after = json.loads(world.trust.dumps())
-    assert event.kind is EventKind.PROMOTED
-    rate_now = round(max(rate, at_least), 4)
-    assert event.evidence == {"carried": before["comparisons"], "seed": 0, "sampling_rate": rate_now}
-    assert after.pop("rate") == max(rate, at_least) == max(before.pop("rate"), at_least)
-    assert after == before
-
-
-def test_a_worse_refit_is_found_by_its_lineages_guard():
-    """Carried trust is guarded trust: .99 becomes .6, and the guard takes the slice back within 60 comparisons."""
-    world = World()
-    world.promote(seed=300)
-    world.requests(1500)
-    world.trust.succeed(carries=1.0)
-    world.agreement = 0.6
-    told = world.requests(60)
-    assert EventKind.SHIFT in {event.kind for event in told}
-    assert world.trust.rate == 1.0
-    assert world.trust.slices is not None
-    assert world.trust.slices.certified is None
-
-
-@pytest.mark.parametrize("trouble", ["alarmed", "coaching", "nothing known"])
-def test_trust_in_trouble_is_not_carried(trouble: str):
-    """Under alarm, in coaching, or without a comparison a successor begins anew; nothing changes where it is tried."""
-    world = World()
-    world.promote(seed=0 if trouble == "nothing known" else 300)
-    if trouble != "nothing known":
-        setattr(world.trust, trouble, True)
-    before = world.trust.dumps()
-    assert not world.trust.heritable
-    with pytest.raises(ValueError, match="begin anew"):
-        world.trust.succeed(carries=0.1)
-    assert world.trust.dumps() == before
-
-
-@pytest.mark.parametrize("carries", [-0.1, float("nan")])
-def test_a_rate_that_is_none_is_refused(carries: float):
-    """It would silently check less than the lineage has earned."""
-    world = World()
-    world.promote(seed=100)
-    with pytest.raises(ValueError, match="at least 0"):
-        world.trust.succeed(carries=carries)
-
-
 def test_deferred_requests_do_not_make_it_shy():
     """Once serving, most comparisons are deferred, hard ones: agreement over everything is still the traffic's."""
     world = World(lambda g: 0.99 if g > 0.5 else 0.3, replace(SETTINGS, max_fall=0.2), seed=5)
