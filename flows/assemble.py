@@ -10,6 +10,7 @@ judged by the examples that the adapter did not learn from, which are more with 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -347,8 +348,18 @@ def _register(shop: Workshop, run: RunRecord, name: str, folder: Path, trained: 
 
 
 def _copy_adapter(there: Path, to: Path) -> None:
-    """What is an adapter's own in a version's folder."""
-    shutil.copytree(there, to, ignore=shutil.ignore_patterns(*_NOT_THE_ADAPTERS), dirs_exist_ok=True)
+    """What is an adapter's own in a version's folder; as hard links where the disk has them."""
+    ignored = shutil.ignore_patterns(*_NOT_THE_ADAPTERS)
+    shutil.copytree(there, to, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(file: str, to: str) -> str:
+    # Nobody writes into an adapter's files: their content is the version's name.
+    try:
+        os.link(file, to)
+    except OSError:  # another disk, one that knows no links, or an earlier attempt's copy
+        shutil.copy2(file, to)
+    return to
 
 
 def _columns(rows: Sequence[TrainingRow]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:

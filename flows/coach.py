@@ -18,6 +18,7 @@ from prefect.exceptions import CancelledRun
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.settings import (
     PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_HOME,
     PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
     PREFECT_SERVER_ANALYTICS_ENABLED,
@@ -248,7 +249,8 @@ def prefect_at(settings: Settings) -> Iterator[None]:
     """Let Prefect keep its records beside the configuration, where no Prefect server is configured.
 
     Without PREFECT_API_URL the first flow of a process starts a temporary server, which takes Prefect about 20 s on
-    an idle machine, its own limit, and is given three minutes here. A PREFECT_HOME of the user's own is kept.
+    an idle machine, its own limit, and is given three minutes here. A PREFECT_HOME of the user's own is kept. The
+    heartbeats of such runs are left out unless they are asked for (PREFECT_FLOWS_HEARTBEAT_FREQUENCY).
     """
     if PREFECT_API_URL.value():
         yield
@@ -256,8 +258,11 @@ def prefect_at(settings: Settings) -> Iterator[None]:
     patience: dict[Any, Any] = {}
     if "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS" not in os.environ:
         patience[PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS] = 180
+    # Nobody listens to them on a server that ends with this process, and their thread sleeps by whole seconds: each of
+    # a run's flows would wait for it, half a second in the mean.
+    quiet: dict[Any, Any] = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     if "PREFECT_HOME" in os.environ:
-        with temporary_settings(updates=patience):
+        with temporary_settings(updates=patience, set_defaults=quiet):
             yield
         return
     beside: dict[Any, Any] = {
@@ -265,7 +270,7 @@ def prefect_at(settings: Settings) -> Iterator[None]:
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
         PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
     }
-    with temporary_settings(updates=beside | patience), _quiet_console():
+    with temporary_settings(updates=beside | patience, set_defaults=quiet), _quiet_console():
         yield
 
 

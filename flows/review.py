@@ -18,7 +18,7 @@ from apprentice.errors import ChosenMeanwhile, TrainingError
 from apprentice.events.kinds import EventKind
 from apprentice.store.records import PromotedBy, PromotionRecord, VersionRecord
 from flows.promote import BY_ALIAS, make_champion, moved_alias, register_champion, seeds
-from flows.steps import Answered, Validated
+from flows.steps import Validated, read_result
 from flows.tracking import CHAMPION
 from flows.workshop import Workshop
 
@@ -135,11 +135,9 @@ def champions_before(promotions: Sequence[PromotionRecord]) -> list[str]:
 def _evidence(shop: Workshop, version: VersionRecord) -> list[Any]:
     """The held-out comparisons of the run that trained a version, as long as its folder is there."""
     for run in shop.store.runs(version.task):
-        path = shop.bench(run) / "validated.json"
-        if run.version == version.name and path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            validated = Validated(**{**known, "answers": [Answered(**row) for row in known["answers"]]})
-            return seeds(shop, run, validated)
+        known = read_result(shop.bench(run), "validated") if run.version == version.name else None
+        if known is not None:
+            return seeds(shop, run, Validated.of_json(known))
     return []
 
 

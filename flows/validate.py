@@ -22,9 +22,10 @@ from apprentice.errors import EvaluatorError, OutputError, Problem, TrainingErro
 from apprentice.judge import trust_settings
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import LocalAnswer, Version
-from apprentice.local.probe import choose_probes
-from apprentice.schema import Schema
+from apprentice.local.probe import choose_probes, read_probes
+from apprentice.schema import Schema, compact_json
 from apprentice.store.records import RunRecord
+from apprentice.student.files import OWN, read_student
 from apprentice.student.halves import halves_of
 from flows.answering import answer_all
 from flows.coverage import NO_ANSWER, both_told, candidate_told, coverage, needs_chance
@@ -84,7 +85,8 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
     inputs = [row.input for row in rows]
-    asked = inputs if trained.answers is None else inputs[-_PROBES:]
+    proven = {} if trained.answers is None else _proven(shop, run, trained)
+    asked = inputs if trained.answers is None else _newest(inputs, proven)
     told = answer_all(engine, trained.version, asked, lambda done: shop.advanced("validate", done))
     rate = len(asked) / max(time.monotonic() - started, 1e-9)
     champion = shop.store.policy_row(run.task).champion
@@ -110,7 +112,7 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     more = [known for known in trained.evidence or () if known.id in wanted]
     told_more = [_as_answered(known, trained.version) for known in more]
     begins_with, _ = _judged(shop, run.task, [wanted[known.id] for known in more], told_more, {})
-    active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, asked, told)
+    active, reproduced, notes = _probe(shop, trained, run.task, schema, takes, asked, told, proven)
     promise = trust_settings(shop.settings, shop.task(run.task))
     locals_of = {row_id: one.local for row_id, one in champions.items() if one.local is not None}
     result = figures_of(
@@ -325,10 +327,12 @@ def _probe(
     takes: Schema,
     inputs: Sequence[Mapping[str, Any]],
     answers: Sequence[LocalAnswer | Exception],
+    proven: Mapping[str, dict[str, Any] | None],
 ) -> tuple[bool, float, list[str]]:
     """Whether the loaded adapter changes the base model's answers, and the share of answers given alike twice.
 
-    The answers are kept in probe.json beside the adapter: every engine that loads it later must give them again.
+    ``proven`` are the base model's answers that are known (`_proven`); it is asked for the others. The answers are kept
+    in probe.json beside the adapter: every engine that loads it later must give them again.
     """
     answered = [
         (value, answer) for value, answer in zip(inputs, answers, strict=True) if isinstance(answer, LocalAnswer)
@@ -348,23 +352,60 @@ def _probe(
         alone = [{"input": dict(value), "output": output} for value, output in chosen]
         write_whole(Path(trained.folder) / "probe.json", json.dumps(alone, ensure_ascii=False, indent=1) + "\n")
         return True, reproduced, ["a head alone: there is no base model to compare it with"]
-    base = Version(f"{_BASE}{task}", task, None, schema, None, takes)
-    engine.load(base)
-    try:
-        untrained = engine.answer_many(base.name, [value for value, _ in chosen])
-    finally:
-        shop.let_go(base.name)
+    known = dict(proven)
+    new = [value for value, _ in chosen if compact_json(value) not in known]
+    if new:
+        base = Version(f"{_BASE}{task}", task, None, schema, None, takes)
+        engine.load(base)
+        try:
+            untrained = engine.answer_many(base.name, new)
+        finally:
+            shop.let_go(base.name)
+        for value, first in zip(new, untrained, strict=True):
+            known[compact_json(value)] = _plain(first.output if isinstance(first, LocalAnswer) else None)
     probes: list[dict[str, Any]] = [
-        {
-            "input": dict(value),
-            "output": output,
-            "base_output": first.output if isinstance(first, LocalAnswer) else None,
-        }
-        for (value, output), first in zip(chosen, untrained, strict=True)
+        {"input": dict(value), "output": output, "base_output": known[compact_json(value)]} for value, output in chosen
     ]
     write_whole(Path(trained.folder) / "probe.json", json.dumps(probes, ensure_ascii=False, indent=1) + "\n")
     changed = sum(probe["output"] != probe["base_output"] for probe in probes)
-    return changed > 0, reproduced, [f"{changed} of {len(probes)} probe answers differ from the base model's"]
+    note = f"{changed} of {len(probes)} probe answers differ from the base model's"
+    if len(new) < len(probes):
+        note += f", which is known for {len(probes) - len(new)} of them from the champion's probes"
+    return changed > 0, reproduced, [note]
+
+
+def _proven(shop: Workshop, run: RunRecord, trained: Assembled) -> dict[str, dict[str, Any] | None]:
+    """The base model's answers that the champion's probes hold, by input, where a refit shares its adapter.
+
+    The base model has not changed since, so asking it again would prove nothing new. Empty where anything differs.
+    """
+    champion = shop.store.policy_row(run.task).champion
+    before = None if champion is None else shop.store.version(run.task, champion)
+    ours = shop.store.version(run.task, trained.version)
+    there = None if before is None else shop.adapter(before)
+    if run.kind != "refit" or ours is None or before is None or there is None or before.base_model != ours.base_model:
+        return {}
+    try:
+        student, predecessor = read_student(Path(trained.folder)), read_student(there)
+        if student is None or predecessor is None or student.adapter is None:
+            return {}
+        if student.adapter != (before.name if predecessor.adapter == OWN else predecessor.adapter):
+            return {}
+        return {compact_json(probe.input): _plain(probe.base_output) for probe in read_probes(there)}
+    except (OSError, VersionError) as error:
+        _log.warning("the probes of the champion %s are not taken over: %s", before.name, error)
+        return {}
+
+
+def _plain(output: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if output is None else dict(output)
+
+
+def _newest(inputs: Sequence[Mapping[str, Any]], proven: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a version is probed with: those to which the base model's answer is known, then the newest."""
+    known = [value for value in inputs if compact_json(value) in proven][-_PROBES:]
+    others = [value for value in inputs if compact_json(value) not in proven]
+    return [*others[max(0, len(others) - (_PROBES - len(known))) :], *known]
 
 
 def _halves(shop: Workshop, task: str, version: str) -> Sequence[str]:

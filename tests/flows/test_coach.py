@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from prefect.settings import (
     PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_HOME,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     temporary_settings,
@@ -432,6 +433,18 @@ def test_prefect_is_given_time_to_start(home: Any, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "7")
         with prefect_at(home.settings):
             assert PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value() == 7
+
+
+def test_steps_do_not_wait_for_heartbeats_that_nobody_hears(home: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left out on a temporary server; with a server of the user's own, or where they are asked for, they are sent."""
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        with prefect_at(home.settings):
+            assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is None
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 45}), prefect_at(home.settings):
+            assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() == 45
+    usual = PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}), prefect_at(home.settings):
+        assert usual == PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is not None
 
 
 def test_going_back_twice_goes_back_two_champions(home: Any, trainer: Any) -> None:

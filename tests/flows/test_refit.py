@@ -12,12 +12,15 @@ import pytest
 
 from apprentice.due import due_run
 from apprentice.local import adapter as adapters
+from apprentice.local.probe import read_probes
 from apprentice.store.records import ComparisonRecord, ExampleRecord, VersionRecord, VersionStatus
 from apprentice.student.engine import StudentEngine, load_head
 from apprentice.student.files import OWN, read_student
 from flows.coach import CoachResult, coach_task
 from flows.promote import attempts_of
+from flows.review import choose, version_named
 from flows.trainers import Progress, TrainedAdapter, TrainingJob
+from flows.workshop import Workshop
 from tests.flows.conftest import MOODS, WITH_PREFECT_AND_MLFLOW, Home, RoteTrainer
 
 pytestmark = WITH_PREFECT_AND_MLFLOW
@@ -176,7 +179,7 @@ def test_an_adapter_wins_its_place_beside_the_same_head(
 ) -> None:
     """It is compared with the head alone, on examples that neither saw; the student has both, and a refit keeps it."""
     home = make_home(
-        local={"student": {"head_from": 60}, "fine_tune_batch_size": 40},
+        local={"base_model": "rote", "student": {"head_from": 60}, "fine_tune_batch_size": 40},
         task={"confidence_thresholds": {"phase1_to_phase2": 200, "phase2_to_phase3": 0.9}},
     )
     rote = home.engine
@@ -208,10 +211,42 @@ def test_an_adapter_wins_its_place_beside_the_same_head(
     answer = home.engine.answer(name, {"text": "letter 33"}, deadline_s=5.0)
     assert answer.output == {"mood": home.truth["letter 33"]}
     assert answer.answered_by == "both"
+    loaded: list[str] = []
+    load = rote.load
+    monkeypatch.setattr(rote, "load", lambda version: (loaded.append(version.name), load(version)))
     again = coach_task(home.settings, "mood", reason="now", kind="refit", engine=home.engine)
-    refitted = read_student(home.settings.model_dir / "mood" / (again.version or ""))
+    there = home.settings.model_dir / "mood" / (again.version or "")
+    refitted = read_student(there)
     assert refitted is not None
-    assert refitted.adapter in (name, OWN)
+    assert refitted.adapter == name
+    # What the base model says to the probes is known from the champion, whose adapter it is.
+    assert loaded
+    assert not [one for one in loaded if one.startswith("base-of-")]
+    proven = {probe.input["text"]: probe.base_output for probe in read_probes(folder)}
+    probes = read_probes(there)
+    assert len(probes) == 24
+    assert all(probe.base_output == proven[probe.input["text"]] == {"mood": "glad"} for probe in probes)
+    assert any(probe.output != probe.base_output for probe in probes)
+
+
+def test_a_students_adapter_takes_no_second_place_on_the_disk(
+    make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's files in a student's folder are those that the trainer wrote; without links they are copied."""
+    home = make_home(local={"student": {"head_from": 60}}, task={"confidence_thresholds": {"phase1_to_phase2": 60}})
+    rote, trainer = home.engine, Writer()
+    trainer.skills = [0.9, 0.95]
+    home.engine = StudentEngine(lambda: rote, lambda folder: load_head(folder, home.settings.root))  # type: ignore[assignment]
+    monkeypatch.setattr("flows.finetune.build_trainer", lambda _backend: trainer)
+    for linked in (True, False):
+        if not linked:
+            monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        home.teach(60)
+        result = coach_task(home.settings, "mood", reason="now", kind="train", engine=home.engine)
+        folder = home.settings.model_dir / "mood" / (result.version or "")
+        found = [there for there in folder.parent.glob(f"*/{adapters.WEIGHTS}") if there.parent != folder]
+        same = [there.samefile(folder / adapters.WEIGHTS) for there in found]
+        assert any(same) is linked, (linked, found)
 
 
 def test_a_champion_without_a_head_is_asked_as_it_is(
@@ -269,3 +304,25 @@ def test_a_killed_refit_assembles_one_version(teller: Home, monkeypatch: pytest.
     assert result.promoted
     assert [v.name for v in teller.store.versions("mood")] == [result.version]
     assert not list(Path(teller.settings.model_dir / "mood").glob(".assembling-*"))
+
+
+def test_a_version_that_a_person_chooses_begins_with_what_the_gate_would_give_it(
+    make_home: Callable[..., Home], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by what was held out, and trusted by all that its halves say without having learnt it."""
+    home = make_home(
+        local={"student": {"head_from": 60}},
+        task={"promotion": "review", "confidence_thresholds": {"phase1_to_phase2": 60}},
+    )
+    rote = home.engine
+    home.engine = StudentEngine(lambda: rote, lambda folder: load_head(folder, home.settings.root))  # type: ignore[assignment]
+    monkeypatch.setattr("flows.finetune.build_trainer", lambda _backend: Writer())
+    home.teach(100)
+    result = coach_task(home.settings, "mood", reason="now", kind="train", engine=home.engine)
+    shop = Workshop.open(home.settings)
+    choose(shop, version_named(shop, "mood", result.version or ""), how="person", by="me", reason="it is good")
+    shop.close()
+    state = home.store.policy_row("mood")
+    assert state.champion == result.version
+    seeds = home.store.comparisons("mood", version=result.version)
+    assert len(seeds) == result.trained_on + result.held_out > result.held_out
