@@ -1,7 +1,6 @@
 """A lineage: what a refit goes on from, and what it changes by being asked again."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import Event, EventKind
-from apprentice.confidence.weighing import Comparison, Seed, weigh_seed
+from apprentice.confidence.weighing import Seed, weigh_seed
 from apprentice.phases import Phase
 from benchmarks.trust import same
 from tests.confidence.test_trust import SETTINGS, World
@@ -18,16 +17,10 @@ from tests.confidence.test_trust import SETTINGS, World
 OVERALL = replace(SETTINGS, max_disagreement=None, max_disagreement_overall=0.1)
 
 
-def asked_again(
-    world: World, agreement: Any, count: int, *, confidence: Callable[[float], float] | None = None
-) -> Seed:
+def asked_again(world: World, agreement: Any, count: int) -> Seed:
     """What a successor with this agreement says of ``count`` earlier comparisons."""
     before, world.agreement = world.agreement, agreement
-    comparisons = []
-    for i in range(count):
-        g, local, remote = world.answer()
-        told = g if confidence is None else confidence(g)
-        comparisons.append(Comparison(f"again {i}", float(local == remote), {}, told, local, remote, seeded=True))
+    comparisons = world.seeds(count)
     world.agreement = before
     return weigh_seed(comparisons, world.trust.settings, same, world.draw)
 

@@ -37,12 +37,16 @@ class World:
         local = remote if self.draw.random() < agreement else (remote + 1 + self.draw.randrange(6)) % 7
         return g, local, remote
 
-    def promote(self, seed: int = 0, **options: Any) -> list[Event]:
+    def seeds(self, count: int) -> list[Comparison]:
+        """Held-out comparisons."""
         comparisons = []
-        for i in range(seed):
+        for i in range(count):
             g, local, remote = self.answer()
             comparisons.append(Comparison(f"seed {i}", float(local == remote), {}, g, local, remote, seeded=True))
-        events = self.trust.promoted(comparisons, same, self.draw, **options)
+        return comparisons
+
+    def promote(self, seed: int = 0, **options: Any) -> list[Event]:
+        events = self.trust.promoted(self.seeds(seed), same, self.draw, **options)
         self.told += events
         return events
 
