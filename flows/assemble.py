@@ -354,10 +354,12 @@ def _copy_adapter(there: Path, to: Path) -> None:
 
 
 def _link(file: str, to: str) -> str:
-    # Nobody writes into an adapter's files: their content is the version's name.
+    # Nobody writes into an adapter's files: their content is the version's name. What an earlier attempt left may be a
+    # link to the very file, which cannot be copied onto.
+    Path(to).unlink(missing_ok=True)
     try:
         os.link(file, to)
-    except OSError:  # another disk, one that knows no links, or an earlier attempt's copy
+    except OSError:  # another disk, or one that knows no links
         shutil.copy2(file, to)
     return to
 

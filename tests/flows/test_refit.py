@@ -16,6 +16,7 @@ from apprentice.local.probe import read_probes
 from apprentice.store.records import ComparisonRecord, ExampleRecord, VersionRecord, VersionStatus
 from apprentice.student.engine import StudentEngine, load_head
 from apprentice.student.files import OWN, read_student
+from flows.assemble import _copy_adapter
 from flows.coach import CoachResult, coach_task
 from flows.promote import attempts_of
 from flows.review import choose, version_named
@@ -247,6 +248,16 @@ def test_a_students_adapter_takes_no_second_place_on_the_disk(
         found = [there for there in folder.parent.glob(f"*/{adapters.WEIGHTS}") if there.parent != folder]
         same = [there.samefile(folder / adapters.WEIGHTS) for there in found]
         assert any(same) is linked, (linked, found)
+
+
+def test_an_adapter_is_taken_again_where_a_killed_attempt_left_it(tmp_path: Path) -> None:
+    """What it left are links to the same files: they are made again, and the adapter itself is as it was."""
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / adapters.WEIGHTS).write_bytes(b"weights")
+    for _ in range(2):
+        _copy_adapter(tmp_path / "v1", tmp_path / "plain")
+    assert (tmp_path / "plain" / adapters.WEIGHTS).samefile(tmp_path / "v1" / adapters.WEIGHTS)
+    assert (tmp_path / "v1" / adapters.WEIGHTS).read_bytes() == b"weights"
 
 
 def test_a_champion_without_a_head_is_asked_as_it_is(
