@@ -27,7 +27,7 @@ from apprentice.store.records import RunRecord, VersionRecord
 from apprentice.student.combiner import Combined, Combiner, HeadAnswer
 from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import load_encoder
-from apprentice.student.files import OWN, Student, adapter_of, read_student, student_name, write_student
+from apprentice.student.files import OWN, Student, adapter_of, holder_of, read_student, student_name, write_student
 from apprentice.student.fitting import fit_head
 from apprentice.student.halves import halves_of, halves_wanted
 from apprentice.student.head import Head
@@ -135,9 +135,7 @@ class _Maker:
         rows = self._in_order([*read_rows(self.dataset.train), *read_rows(self.dataset.held_out)])
         encoder = self._encoder()
         before = None if self.champion is None else read_student(self._folder(self.champion))
-        shared = None if before is None or self.champion is None else before.adapter
-        if shared == OWN and self.champion is not None:
-            shared = self.champion.name
+        shared = None if before is None or self.champion is None else holder_of(self.champion.name, before)
         told = self._of_the_untaught(shared, before, rows) if shared is not None and before is not None else {}
         learnt = self._learn(rows, encoder, told)
         sure = None if shared is None else learnt.sure

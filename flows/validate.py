@@ -25,7 +25,7 @@ from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.probe import choose_probes, read_probes
 from apprentice.schema import Schema, compact_json
 from apprentice.store.records import RunRecord
-from apprentice.student.files import OWN, read_student
+from apprentice.student.files import holder_of, read_student
 from apprentice.student.halves import halves_of
 from flows.answering import answer_all
 from flows.coverage import NO_ANSWER, both_told, candidate_told, coverage, needs_chance
@@ -85,8 +85,11 @@ def validate_run(shop: Workshop, run: RunRecord) -> Validated:
     engine.load(Version(trained.version, run.task, _folder(trained), schema, trained.remote_model, takes))
     started = time.monotonic()
     inputs = [row.input for row in rows]
-    proven = {} if trained.answers is None else _proven(shop, run, trained)
-    asked = inputs if trained.answers is None else _newest(inputs, proven)
+    proven = _proven(shop, run, trained)
+    asked = inputs
+    if trained.answers is not None:
+        # Those to which the base model's answer is known come first, and then the newest.
+        asked = sorted(inputs, key=lambda value: compact_json(value) in proven)[-_PROBES:]
     told = answer_all(engine, trained.version, asked, lambda done: shop.advanced("validate", done))
     rate = len(asked) / max(time.monotonic() - started, 1e-9)
     champion = shop.store.policy_row(run.task).champion
@@ -327,7 +330,7 @@ def _probe(
     takes: Schema,
     inputs: Sequence[Mapping[str, Any]],
     answers: Sequence[LocalAnswer | Exception],
-    proven: Mapping[str, dict[str, Any] | None],
+    proven: Mapping[str, Mapping[str, Any] | None],
 ) -> tuple[bool, float, list[str]]:
     """Whether the loaded adapter changes the base model's answers, and the share of answers given alike twice.
 
@@ -362,7 +365,7 @@ def _probe(
         finally:
             shop.let_go(base.name)
         for value, first in zip(new, untrained, strict=True):
-            known[compact_json(value)] = _plain(first.output if isinstance(first, LocalAnswer) else None)
+            known[compact_json(value)] = first.output if isinstance(first, LocalAnswer) else None
     probes: list[dict[str, Any]] = [
         {"input": dict(value), "output": output, "base_output": known[compact_json(value)]} for value, output in chosen
     ]
@@ -374,38 +377,29 @@ def _probe(
     return changed > 0, reproduced, [note]
 
 
-def _proven(shop: Workshop, run: RunRecord, trained: Assembled) -> dict[str, dict[str, Any] | None]:
+def _proven(shop: Workshop, run: RunRecord, trained: Assembled) -> dict[str, Mapping[str, Any] | None]:
     """The base model's answers that the champion's probes hold, by input, where a refit shares its adapter.
 
     The base model has not changed since, so asking it again would prove nothing new. Empty where anything differs.
     """
+    if run.kind != "refit":
+        return {}
     champion = shop.store.policy_row(run.task).champion
     before = None if champion is None else shop.store.version(run.task, champion)
     ours = shop.store.version(run.task, trained.version)
     there = None if before is None else shop.adapter(before)
-    if run.kind != "refit" or ours is None or before is None or there is None or before.base_model != ours.base_model:
+    if ours is None or before is None or there is None or before.base_model != ours.base_model:
         return {}
     try:
         student, predecessor = read_student(Path(trained.folder)), read_student(there)
         if student is None or predecessor is None or student.adapter is None:
             return {}
-        if student.adapter != (before.name if predecessor.adapter == OWN else predecessor.adapter):
+        if student.adapter != holder_of(before.name, predecessor):
             return {}
-        return {compact_json(probe.input): _plain(probe.base_output) for probe in read_probes(there)}
+        return {compact_json(probe.input): probe.base_output for probe in read_probes(there)}
     except (OSError, VersionError) as error:
         _log.warning("the probes of the champion %s are not taken over: %s", before.name, error)
         return {}
-
-
-def _plain(output: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if output is None else dict(output)
-
-
-def _newest(inputs: Sequence[Mapping[str, Any]], proven: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a version is probed with: those to which the base model's answer is known, then the newest."""
-    known = [value for value in inputs if compact_json(value) in proven][-_PROBES:]
-    others = [value for value in inputs if compact_json(value) not in proven]
-    return [*others[max(0, len(others) - (_PROBES - len(known))) :], *known]
 
 
 def _halves(shop: Workshop, task: str, version: str) -> Sequence[str]:

@@ -30,6 +30,7 @@ __all__ = [
     "adapter_of",
     "check_student",
     "head_files",
+    "holder_of",
     "read_student",
     "student_name",
     "write_student",
@@ -166,6 +167,11 @@ def check_student(folder: Path, name: str) -> Student | None:
             "restore the folder, or assemble the version again"
         )
     return student
+
+
+def holder_of(name: str, student: Student) -> str | None:
+    """The version whose folder holds the adapter of version ``name``, which may be itself; None if it has none."""
+    return name if student.adapter == OWN else student.adapter
 
 
 def adapter_of(folder: Path, student: Student) -> tuple[str, Path] | None:
