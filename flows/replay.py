@@ -28,9 +28,11 @@ from apprentice.assembly import Assembly
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.figures import Figures
+from apprentice.confidence.settings import TrustSettings
 from apprentice.config import LocalSettings, RemoteSettings, Settings, TrackingSettings, load_settings, require_key
 from apprentice.due import Due, due_run
 from apprentice.errors import ConfigError, Problem, UnknownTask
+from apprentice.judge import trust_settings
 from apprentice.local.engine import Engine
 from apprentice.phases import Phase
 from apprentice.schema import Schema
@@ -39,7 +41,8 @@ from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor
 from flows.coach import CoachResult, coach_task
 from flows.lease import LEASE_S, Busy
-from flows.replay_view import LiveView, Moment, draw_picture, print_summary
+from flows.replay_promise import Moment, Target, chance_of, course, targets
+from flows.replay_view import LiveView, draw_picture, print_summary
 from flows.traffic import Recorded, read_traffic
 
 __all__ = ["demo", "replay", "run_replay"]
@@ -71,6 +74,7 @@ def run_replay(
         settings = settings.model_copy(update={"remote": remote.model_copy(update={"additional_providers": ()})})
         environ = {remote.api_key_env: vendor.key}
     draw = random.Random(f"{seed}/{len(moments)}")
+    recorded = [row.answer for row in traffic]
     with Apprentice.from_config(
         settings, http_client=calls.client, environ=environ, draw=draw, engine=engine
     ) as apprentice:
@@ -99,6 +103,7 @@ def run_replay(
                     phase=state.phase,
                     asked_remote=asked,
                     score=evaluate(output, row.answer).score,
+                    chance=None if asked else chance_of(output, recorded, i, evaluate),
                     spend=spent,
                     spend_without=without.total,
                     sampling_rate=state.sampling_rate,
@@ -209,15 +214,17 @@ def _coached(parts: Assembly, task_name: str, due: Due, view: LiveView) -> Coach
             time.sleep(1.0)
 
 
-def summarise(moments: list[Moment], store: Store, task_name: str, wall_s: float) -> dict[str, Any]:
-    """The figures of a replay, as its ``--json`` writes them."""
+def summarise(
+    moments: list[Moment], store: Store, task_name: str, wall_s: float, promise: TrustSettings
+) -> dict[str, Any]:
+    """The figures of a replay, as its ``--json`` writes them; ``promise`` is what the task's thresholds promise."""
     tail = moments[len(moments) * 2 // 3 :]
     local = [m for m in moments if not m.asked_remote]
-    counts = {"local": 0, "deferred": 0}
+    counts = {"local": 0, "deferred": 0, "spot_check": 0}
     for count in store.counts(task_name):
         if count.outcome in counts:
             counts[count.outcome] += count.n
-    decided = sum(counts.values())
+    decided = counts["local"] + counts["deferred"]
     phases = [{"phase": 1, "from_request": 0}]
     for moment in moments:
         if moment.phase != phases[-1]["phase"]:
@@ -231,10 +238,14 @@ def summarise(moments: list[Moment], store: Store, task_name: str, wall_s: float
         "agreement_local": _mean([m.score for m in local]) if local else None,
         # Spot checks are drawn before the answer is known, so leaving them out does not bend the share.
         "coverage": counts["local"] / decided if decided else None,
+        "checks": counts["spot_check"],
+        "deferred": counts["deferred"],
+        "promises": [_outcome(moments, target) for target in targets(promise)],
         "phases": phases,
         "versions": [
             {
                 "version": version.name,
+                "kind": version.record.get("kind", "train"),
                 "trained_on": version.trained_on,
                 "promoted": version.status in ("champion", "retired", "rolled_back"),
                 "reason": version.reason,
@@ -246,6 +257,14 @@ def summarise(moments: list[Moment], store: Store, task_name: str, wall_s: float
         "spend_without": float(moments[-1].spend_without) if moments else 0.0,
         "wall_seconds": round(wall_s, 1),
     }
+
+
+def _outcome(moments: list[Moment], target: Target) -> dict[str, Any]:
+    """A target beside what came of it, with its 95 % interval; None where nothing was answered locally."""
+    *_, last = [None, *course(moments, target.figure)]
+    found = (None, None, None) if last is None else (last.value, last.low, last.high)
+    promised = {"figure": target.figure, "bound": target.bound, "limit": target.limit}
+    return {**promised, **dict(zip(("realised", "low", "high"), found, strict=True))}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -324,8 +343,9 @@ def _play(
     with LiveView(console, len(traffic), title) as view:
         moments = run_replay(traffic, settings, task_name, seed=seed, view=view, live_client=live_client)
     wall_s = time.monotonic() - started
+    promise = trust_settings(settings, settings.task(task_name))
     with Store.open(settings.store_url) as store:
-        summary = {**summarise(moments, store, task_name, wall_s), "skipped_lines": len(skipped)}
+        summary = {**summarise(moments, store, task_name, wall_s, promise), "skipped_lines": len(skipped)}
     if json_out is not None:
         json_out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_summary(console, summary, moments)

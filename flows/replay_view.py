@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,29 +13,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["LiveView", "Moment", "draw_picture", "print_summary"]
+from flows.replay_promise import Moment, course
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["LiveView", "draw_picture", "picture", "print_summary"]
 
 PHASES = {1: "collect", 2: "shadow", 3: "serve"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 # Colours of the Okabe-Ito palette, which stay apart for colour-blind readers.
 _REMOTE, _TRUST, _SPEND, _WITHOUT = "#D55E00", "#0072B2", "#009E73", "#999999"
 _PHASE_SHADES = {1: "#f3f3f3", 2: "#e3eef6", 3: "#e2f2ea"}
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """The replay after one request, at Unix time ``at``. ``score`` compares what was returned with the recording."""
-
-    i: int
-    phase: int
-    asked_remote: bool
-    score: float
-    spend: Decimal
-    spend_without: Decimal
-    sampling_rate: float
-    threshold: float | None
-    correlation: float | None
-    at: float
+_REAL = "#333333"
+_LABEL_ROW = 12.0  # points
+_MOST_LABEL_ROWS = 3
+_SENTENCE: dict[str, Any] = {"loc": "left", "fontsize": 11, "parse_math": False}  # dollars are dollars
+_KINDS = {"refit": "heads fitted", "train": "adapters trained"}
+_FEWEST = 20
 
 
 def rolling(values: Sequence[float], window: int) -> list[float]:
@@ -141,19 +135,26 @@ def print_summary(console: Console, summary: dict[str, Any], moments: Sequence[M
         f"{summary['remote_calls']:,}  ({summary['remote_share']:.1%}; last third {summary['remote_share_tail']:.1%})"
     )
     table.add_row("answered by the remote", share)
+    table.add_row("  to check a local answer", f"{summary['checks']:,}")
+    table.add_row("  since the local model was not sure", f"{summary['deferred']:,}")
+    table.add_row("answered locally", f"{summary['requests'] - summary['remote_calls']:,}")
+    for promise in summary["promises"]:
+        table.add_row(f"  {promise['figure']}", _kept(promise))
     table.add_row("agreement with the recorded answers", f"{summary['agreement']:.1%}")
     local = summary["agreement_local"]
     table.add_row("  of what was answered locally", "-" if local is None else f"{local:.1%}")
-    table.add_row("coverage in phase 3", "-" if summary["coverage"] is None else f"{summary['coverage']:.1%}")
     for entry in summary["phases"]:
         table.add_row(f"phase {entry['phase']} {PHASES[entry['phase']]}", f"from request {entry['from_request']:,}")
-    for version in summary["versions"]:
-        verdict = "promoted" if version["promoted"] else f"not promoted: {version['reason']}"
-        table.add_row(f"version {version['version']}", f"{version['trained_on']} examples, {verdict}")
+    for kind, what in _KINDS.items():
+        made = [version for version in summary["versions"] if version["kind"] == kind]
+        if made:
+            table.add_row(what, f"{len(made)}, {sum(version['promoted'] for version in made)} promoted")
+        for version in made:
+            if not version["promoted"]:
+                table.add_row(f"  {version['version']}", f"not promoted: {version['reason']}")
     table.add_row("spent", f"${summary['spend']:.4f}")
     table.add_row("without Apprentice", f"${summary['spend_without']:.4f}")
-    saved = 1 - summary["spend"] / summary["spend_without"] if summary["spend_without"] else 0.0
-    table.add_row("saved", f"[green]{saved:.1%}[/green]")
+    table.add_row("saved", f"[green]{_saved(summary):.1%}[/green]")
     table.add_row("wall time", f"{summary['wall_seconds']:.0f} s")
     console.print(table)
     console.print(Text(f"remote share  {_sparkline([float(m.asked_remote) for m in moments])}", _REMOTE))
@@ -163,44 +164,126 @@ def print_summary(console: Console, summary: dict[str, Any], moments: Sequence[M
         console.print(Text(f"correlation   {' ' * pad}{_sparkline(known, 60 - pad)}", _TRUST))
 
 
+def _saved(summary: dict[str, Any]) -> float:
+    return 1 - summary["spend"] / summary["spend_without"] if summary["spend_without"] else 0.0
+
+
+def _kept(promise: dict[str, Any]) -> str:
+    """What came of a promise, and what it was."""
+    known = promise["realised"] is not None
+    found = f"{promise['realised']:.2f} ({promise['low']:.2f} to {promise['high']:.2f})" if known else "unknown"
+    return f"{found}, promised {promise['bound']} {promise['limit']:.2f}"
+
+
 def draw_picture(path: Path, moments: Sequence[Moment], summary: dict[str, Any], title: str) -> None:
-    """Remote share, correlation and cumulative cost over the stream, as a PNG."""
+    """`picture` as a PNG."""
+    picture(moments, summary, title).savefig(path, dpi=110)
+
+
+def picture(moments: Sequence[Moment], summary: dict[str, Any], title: str) -> Figure:
+    """Remote share, quality beside what is promised, cost and versions over the stream, each under what came of it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.2), layout="constrained")
+    figure = Figure(figsize=(10, 8.6), layout="constrained")
     FigureCanvasAgg(figure)
-    share, trust, cost = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1, 1))
+    figure.get_layout_engine().set(h_pad=0.09)  # type: ignore[union-attr, call-arg]
+    share, trust, cost, made = figure.subplots(4, 1, sharex=True, height_ratios=(1.1, 1.1, 1, 0.36))
     x = [m.i + 1 for m in moments]
-    for axes in (share, trust, cost):
+    for axes in (share, trust, cost, made):
         for entry, nxt in zip(summary["phases"], [*summary["phases"][1:], None], strict=True):
             end = nxt["from_request"] if nxt else len(moments)
             axes.axvspan(entry["from_request"], end, color=_PHASE_SHADES[entry["phase"]], lw=0)
-        for version in summary["versions"]:
-            axes.axvline(version["at_request"], color="#555555", lw=0.8, ls=":" if not version["promoted"] else "--")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
-    for entry in summary["phases"]:
-        label = f"{entry['phase']} {PHASES[entry['phase']]}"
-        share.annotate(
-            label, (entry["from_request"], 1.03), xycoords=("data", "axes fraction"), fontsize=9, color="#444444"
-        )
+        axes.set_xlim(0, max(1, len(moments)))
     window = max(20, min(100, len(moments) // 8))
     share.plot(x, rolling([100.0 * m.asked_remote for m in moments], window), color=_REMOTE, lw=2)
-    share.set_ylabel(f"asked the remote, %\n(last {window} requests)")
+    share.set_ylabel(f"% of the last {window}")
     share.set_ylim(0, 104)
-    trust.plot(x, [m.correlation if m.correlation is not None else float("nan") for m in moments], color=_TRUST, lw=2)
-    trust.plot(x, rolling([m.score for m in moments], window), color=_WITHOUT, lw=1.2)
-    trust.set_ylabel("correlation of the local model\n(grey: agreement of answers)")
-    trust.set_ylim(min(0.0, *[m.correlation for m in moments if m.correlation is not None], 0.0) - 0.02, 1.04)
+    _draw_quality(trust, moments, summary)
     cost.plot(x, [float(m.spend_without) for m in moments], color=_WITHOUT, lw=1.6, label="without Apprentice")
     cost.plot(x, [float(m.spend) for m in moments], color=_SPEND, lw=2.2, label="with Apprentice")
     cost.fill_between(
         x, [float(m.spend) for m in moments], [float(m.spend_without) for m in moments], color=_SPEND, alpha=0.12, lw=0
     )
-    cost.set_ylabel("spent, USD")
-    cost.set_xlabel("request   (dashed: a version was promoted; dotted: one was trained and not promoted)")
+    cost.set_ylabel("USD")
     cost.legend(frameon=False, loc="upper left")
-    share.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=22)
-    figure.savefig(path, dpi=110)
+    spent = f"Spent: ${summary['spend']:.2f} instead of ${summary['spend_without']:.2f}, {_saved(summary):.0%} saved"
+    cost.set_title(spent, **_SENTENCE)
+    _draw_versions(made, summary["versions"])
+    made.set_xlabel("request")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", parse_math=False)
+    rows = _label_phases(figure, share, summary["phases"])
+    asked = f"Requests that the remote answers: {summary['remote_share_tail']:.0%} of the last third"
+    share.set_title(asked, pad=8 + _LABEL_ROW * rows, **_SENTENCE)
+    return figure
+
+
+def _draw_quality(axes: Axes, moments: Sequence[Moment], summary: dict[str, Any]) -> None:
+    """What was promised of the answers and what they turned out to be, beside what the checks could tell."""
+    promise = summary["promises"][0]
+    figure, limit = promise["figure"], promise["limit"]
+    x = [m.i + 1 for m in moments]
+    lowest, highest = 0.0, 1.0
+    if figure == "correlation":
+        checked = [float("nan") if m.correlation is None else m.correlation for m in moments]
+        axes.plot(x, checked, color=_TRUST, lw=2, label="estimated from checks")
+        lowest = min([0.0, *(m.correlation for m in moments if m.correlation is not None)])
+    real = [float("nan") if one is None or one.n < _FEWEST else one.value for one in course(moments, figure)]
+    axes.plot(x, real, color=_REAL, lw=1.6, label="of all so far")
+    axes.axhline(limit, color=_REMOTE, lw=1.2, ls="--", label=f"promised: {promise['bound']} {limit:.2f}")
+    if figure != "correlation":
+        highest = min(1.0, 2.0 * max([limit, 0.05, *(value for value in real if value == value)]))
+    axes.set_ylim(lowest - 0.02 * highest, 1.04 * highest)
+    axes.set_ylabel("correlation" if figure == "correlation" else "share")
+    axes.legend(frameon=False, loc="lower right" if figure == "correlation" else "upper right", ncol=3)
+    what = "Local answers beside the remote's: correlation" if figure == "correlation" else f"{figure.capitalize()}:"
+    axes.set_title(f"{what} {_kept(promise)}", **_SENTENCE)
+
+
+def _draw_versions(axes: Axes, versions: Sequence[dict[str, Any]]) -> None:
+    """Where each version was made: a row for each kind, filled where it was promoted."""
+    names = list(_KINDS.values())
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    for promoted, fill, name in ((True, _TRUST, "promoted"), (False, "white", "refused by the gate")):
+        some = [version for version in versions if version["promoted"] is promoted]
+        rows = [list(_KINDS).index(version["kind"]) for version in some]
+        axes.scatter(
+            [v["at_request"] for v in some], rows, s=34, c=fill, edgecolors=_TRUST, label=name, zorder=3, clip_on=False
+        )
+    axes.set_title("Versions", **_SENTENCE)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.95), ncol=2, fontsize=9, handletextpad=0.2)
+
+
+def _label_phases(figure: Figure, axes: Axes, phases: Sequence[dict[str, Any]]) -> int:
+    """Name each phase above ``axes`` where it begins; returns how many rows of names that took.
+
+    A name that would run into the one before it stands a row higher, and one that fits in none is left out: its shade
+    tells it.
+    """
+    figure.draw_without_rendering()  # lays the axes out, without which nothing has a place
+    at, (left, right) = axes.transData, axes.get_window_extent().intervalx
+    ends: list[float] = []
+    for entry in phases:
+        label = axes.annotate(
+            f"{entry['phase']} {PHASES[entry['phase']]}",
+            (entry["from_request"], 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color="#444444",
+        )
+        width = label.get_window_extent().width
+        begins = max(left, min(at.transform((entry["from_request"], 0))[0], right - width))
+        row = next((i for i, end in enumerate(ends) if end < begins), len(ends))
+        if row == _MOST_LABEL_ROWS:
+            label.remove()
+            continue
+        ends[row : row + 1] = [begins + width * 1.1]
+        shift = (begins - at.transform((entry["from_request"], 0))[0]) * 72 / figure.dpi
+        label.set_position((shift, 4 + _LABEL_ROW * row))
+    return len(ends)

@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.text import Text
 from rich.console import Console
 
+from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import ConfigError
+from apprentice.evaluators import ExactMatch
 from apprentice.store import Store
 from flows.replay import _in_home, run_replay, summarise
-from flows.replay_view import LiveView, Moment, draw_picture, print_summary
+from flows.replay_promise import Moment, Target, chance_of, course, targets
+from flows.replay_view import LiveView, draw_picture, picture, print_summary
 from flows.traffic import Recorded, read_traffic
 from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW
 
@@ -28,6 +32,7 @@ pytestmark = WITH_PREFECT_AND_MLFLOW
 
 ROOT = Path(__file__).parents[2]
 MOODS = ("glad", "sad", "angry")
+PROMISE = TrustSettings(graduate=0.6)
 THRESHOLDS = {"phase2_to_phase3": 0.6, "coaching_trigger": 0.4, "emergency_threshold": 0.2}
 
 
@@ -62,7 +67,7 @@ def test_a_replay_goes_through_the_phases_and_the_remote_is_asked_less(replay: C
     """Collect, shadow, serve; what is spent stays below what it would have cost; the figures fit together."""
     moments, home = replay(700)
     with Store.open(home.settings.store_url) as store:
-        summary = summarise(moments, store, "mood", 1.0)
+        summary = summarise(moments, store, "mood", 1.0, PROMISE)
     assert summary["phases"][0] == {"phase": 1, "from_request": 0}
     assert summary["phases"][-1]["phase"] == 3
     assert len(summary["versions"]) >= 2
@@ -77,7 +82,7 @@ def test_the_money_of_a_replay_is_the_ledgers(replay: Callable[..., Any]) -> Non
     """Recomputed from the raw rows: what was spent, that it never falls, and what everything would have cost."""
     moments, home = replay(700)
     with Store.open(home.settings.store_url) as store:
-        summary = summarise(moments, store, "mood", 1.0)
+        summary = summarise(moments, store, "mood", 1.0, PROMISE)
     with contextlib.closing(sqlite3.connect(home.settings.root / "apprentice.db")) as db:
         calls = db.execute("SELECT state, cost, request_id FROM calls ORDER BY seq").fetchall()
     bills = [cost for _, cost, _ in calls]
@@ -185,14 +190,105 @@ def test_what_is_shown_names_the_figures(replay: Callable[..., Any], tmp_path: P
     view = LiveView(console, 400, "letters")
     moments, home = replay(400, view=view)
     with Store.open(home.settings.store_url) as store:
-        summary = summarise(moments, store, "mood", 1.0)
+        summary = summarise(moments, store, "mood", 1.0, PROMISE)
     print_summary(console, summary, moments)
     draw_picture(tmp_path / "picture.png", moments, summary, "letters")
     text = out.getvalue()
     assert "100/400  phase" in text
     assert "trained on" in text
     assert f"{summary['remote_share']:.1%}" in text
+    (promise,) = summary["promises"]
+    assert promise["low"] < promise["realised"] < promise["high"]
+    assert f"{promise['realised']:.2f} ({promise['low']:.2f} to {promise['high']:.2f}), promised at least 0.60" in text
+    assert summary["checks"] > 0
+    answered = summary["requests"] - summary["remote_calls"]
+    assert answered + summary["checks"] + summary["deferred"] < summary["requests"]
+    drawn = picture(moments, summary, "letters").findobj(Text)
+    assert f"${summary['spend']:.2f} instead of ${summary['spend_without']:.2f}" in " ".join(
+        one.get_text() for one in drawn
+    )
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def lived(count: int, phases: list[tuple[int, int]], versions: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """Moments and a summary of a replay whose phases begin at given requests."""
+    begun = dict(phases)
+    moments, phase = [], 1
+    for i in range(count):
+        phase = next((p for p, at in begun.items() if at == i + 1), phase)
+        local = phase == 3 and i % 2 == 0
+        money = Decimal(i) / 1000
+        moments.append(Moment(i, phase, not local, 1.0, 0.4 if local else None, money, money, 0.5, 0.5, 0.5, float(i)))
+    summary = {
+        "remote_share_tail": 0.5,
+        "promises": [
+            {"figure": "correlation", "bound": "at least", "limit": 0.6, "realised": None, "low": None, "high": None}
+        ],
+        "phases": [{"phase": p, "from_request": at} for p, at in phases],
+        "versions": versions,
+        "spend": 1.0,
+        "spend_without": 2.0,
+    }
+    return moments, summary
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [(1, 0), (2, 60), (3, 120)],
+        [(1, 0), (2, 3), (3, 5)],
+        [(1, 0), (2, 60), (3, 62), (2, 64), (3, 66), (2, 655), (3, 659)],
+    ],
+)
+def test_no_two_words_of_the_picture_overlap(phases: list[tuple[int, int]]) -> None:
+    """However soon one phase follows another, up to the very end."""
+    versions = [{"kind": kind, "promoted": kind == "refit", "at_request": 60} for kind in ("refit", "train")]
+    figure = picture(*lived(660, phases, versions), "A title of a file with $5 and more $")
+    figure.draw_without_rendering()
+    width, height = figure.bbox.width, figure.bbox.height
+    numbers = {one for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for one in axis.findobj(Text)}
+    labels = {axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)}
+    words = set(figure.findobj(Text)) - (numbers - labels)
+    shown = [one for one in words if one.get_visible() and one.get_text()]
+    boxes = [(one.get_text(), one.get_window_extent()) for one in shown]
+    for (a, one), (b, other) in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other), (a, b)
+    for text, box in boxes:
+        assert box.x0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y0 >= 0, text
+        assert box.y1 <= height, text
+    assert {"1 collect", "2 shadow", "3 serve"} <= {text for text, _ in boxes}
+
+
+def test_what_is_promised_is_what_the_thresholds_say() -> None:
+    """A disagreement stands in place of the correlation."""
+    assert targets(TrustSettings(graduate=0.7)) == [Target("correlation", 0.7)]
+    both = TrustSettings(max_disagreement=0.1, max_disagreement_overall=0.05)
+    assert targets(both) == [Target("local answers that differ", 0.1), Target("answers that differ", 0.05)]
+
+
+@pytest.mark.parametrize(("right", "expected"), [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
+def test_what_came_of_a_promise_is_the_truth(right: float, expected: float) -> None:
+    """Who copies a share of the recorded answers and guesses the others blindly correlates by that share."""
+    draw = random.Random(7)
+    recorded = [{"mood": draw.choice(MOODS)} for _ in range(3000)]
+    moments = []
+    for i, answer in enumerate(recorded):
+        local = i >= 1000 and i % 2 == 0
+        output = answer if not local or draw.random() < right else {"mood": draw.choice(MOODS)}
+        by_chance = chance_of(output, recorded, i, ExactMatch()) if local else None
+        nothing = Decimal(0)
+        score = ExactMatch()(output, answer).score
+        moments.append(Moment(i, 3, not local, score, by_chance, nothing, nothing, 0.5, 0.5, None, float(i)))
+    correlation, served, everything = (
+        list(course(moments, figure)) for figure in ("correlation", "local answers that differ", "answers that differ")
+    )
+    assert correlation[999] is served[999] is everything[999] is None
+    assert correlation[-1].value == pytest.approx(expected, abs=0.06)
+    assert served[-1].value == pytest.approx((1.0 - right) * 2 / 3, abs=0.05)
+    assert served[-1].low <= served[-1].value <= served[-1].high
+    assert everything[-1].value == pytest.approx(served[-1].value / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("local", [{"fine_tune_backend": "openai"}, {"backend": "hosted"}])
