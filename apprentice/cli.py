@@ -115,6 +115,16 @@ def check(config: Path) -> None:
 
 
 @cli.command()
+def schema() -> None:
+    """Print the JSON Schema of apprentice.yaml, for an editor to complete and check it."""
+    import json
+
+    from apprentice.settings_schema import settings_schema
+
+    click.echo(json.dumps(settings_schema(), indent=2, ensure_ascii=False))
+
+
+@cli.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def status(config: Path, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -105,12 +106,23 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Correlation = Annotated[float, Field(ge=-1, le=1)]
 # the ledger counts in billionths of a dollar, in 64 bits
 Money = Annotated[
-    Decimal, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v), Field(ge=0, le=1_000_000_000)
+    Decimal,
+    BeforeValidator(lambda v: str(v) if isinstance(v, float) else v),
+    Field(ge=0, le=1_000_000_000),
+    WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1_000_000_000}),
 ]
 FromEnvironment = Annotated[str, BeforeValidator(_from_environment)]
 Url = Annotated[FromEnvironment, AfterValidator(_a_url)]
-ModuleFunction = Annotated[str, AfterValidator(_module_function)]
-TaskSchema = Annotated[Schema, BeforeValidator(_a_schema)]
+ModuleFunction = Annotated[
+    str,
+    AfterValidator(_module_function),
+    WithJsonSchema({"type": "string", "pattern": r"^[^\s:.]+(\.[^\s:.]+)*:[^\s:.]+$"}),
+]
+TaskSchema = Annotated[
+    Schema,
+    BeforeValidator(_a_schema),
+    WithJsonSchema({"anyOf": [{"type": "object", "minProperties": 1}, {"type": "string", "pattern": ":"}]}),
+]
 
 
 class _Section(BaseModel):
@@ -409,7 +421,7 @@ class AlertSettings(_Section):
 class Settings(_Section):
     """The whole of apprentice.yaml, checked. ``source`` is the file it came from; relative paths start beside it."""
 
-    tasks: tuple[TaskSettings, ...] = Field(min_length=1)
+    tasks: tuple[TaskSettings, ...] = Field(min_length=1, description="one for each kind of request")
     remote: RemoteSettings
     local: LocalSettings = Field(default_factory=LocalSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)

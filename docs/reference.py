@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from apprentice.config import Settings
+from apprentice.settings_schema import summary
 
 HEAD = """\
 # apprentice.yaml
@@ -22,6 +23,18 @@ Every key, its default and its meaning. This page is written by `docs/reference.
 the first training need: keys and prices, the functions that the file names, the extras, the base model, and whether the
 store, the engine and MLflow answer. Each is `ok`, a `problem`, or `not tried`, with the reason; nothing is written and
 no vendor is asked. Exit status 0: no problem; 1: a problem; 2: the command line was wrong.
+
+## in your editor
+
+`apprentice schema > apprentice.schema.json` writes the JSON Schema of this file for the installed version; in this
+checkout it is [apprentice.schema.json](apprentice.schema.json). An editor with yaml-language-server (VS Code's YAML
+extension, Neovim, Helix) completes keys and values, explains them and marks mistakes once the first line names it:
+
+```yaml
+# yaml-language-server: $schema=apprentice.schema.json
+```
+
+What hangs on two keys, and whether a function or a variable is there, only `apprentice check` can say.
 
 ## the file's text
 
@@ -136,11 +149,10 @@ def render() -> str:
     for path, model in sections(Settings):
         body = list(rows(model))
         if body:
-            summary = (model.__doc__ or "").strip().split("\n")[0].replace("``", "`")
             head = [
                 f"## {path or 'the file'}",
                 "",
-                summary,
+                summary(model),
                 "",
                 "| key | type | default | meaning |",
                 "| --- | --- | --- | --- |",
