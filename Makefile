@@ -28,7 +28,7 @@ demo: setup ## replay 660 support tickets through the whole system, training inc
 lint: setup ## format check, lint, types, import contracts
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
-	$(RUN) mypy apprentice flows serving benchmarks
+	$(RUN) mypy apprentice flows serving benchmarks examples
 	$(RUN) lint-imports
 
 format: setup ## format and fix what can be fixed
