@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from apprentice.confidence.figures import Promise
+from apprentice.confidence.forecast import Widening
 
 __all__ = ["Result", "TaskStatus"]
 
@@ -58,3 +59,7 @@ class TaskStatus:
     """What the sampling rate does not fall below."""
     max_bad_answers: float | None = None
     """How many bad answers a fall of agreement may cost until it is noticed; the floor follows from it."""
+    forecast: Widening | None = None
+    """What it is expected to take until more is served; None where what was compared supports no forecast."""
+    forecast_cost: Decimal | None = None
+    """What the comparisons of the forecast cost at the mean price of this week's remote calls; None if unknown."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -17,34 +17,47 @@ from apprentice.config import Settings, load_settings
 from apprentice.judge import Judge
 from apprentice.phases import Phase
 from apprentice.result import TaskStatus
-from apprentice.store import Store
+from apprentice.store import SpendRow, Store
 from apprentice.unattended import waits_for_coach
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["open_existing", "run_command", "status_page", "task_statuses"]
+__all__ = ["forecast_words", "open_existing", "recent_price", "run_command", "status_page", "task_statuses"]
+
+_RECENT_DAYS = 7
 
 
 def task_statuses(settings: Settings, store: Store, judge: Judge) -> dict[str, TaskStatus]:
     """Every configured task's status, by name."""
-    spent: dict[str, Decimal] = {}
+    calls: dict[str, list[SpendRow]] = {}
     for row in store.spend():
-        spent[row.task] = spent.get(row.task, Decimal(0)) + row.cost
+        calls.setdefault(row.task, []).append(row)
     held = {row.task: row.amount for row in store.held()}
-    none = Decimal(0)
     return {
-        task.name: _status(settings, task.name, store, judge, spent.get(task.name, none), held.get(task.name, none))
+        task.name: _status(settings, task.name, store, judge, calls.get(task.name, []), held.get(task.name, Decimal(0)))
         for task in settings.tasks
     }
 
 
-def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: Decimal, held: Decimal) -> TaskStatus:
+def recent_price(calls: Sequence[SpendRow]) -> Decimal | None:
+    """Mean price of a remote call on the last `_RECENT_DAYS` days on which there were any; None if there were none."""
+    paid = [row for row in calls if row.is_answering and row.state == "settled" and row.calls]
+    days = sorted({row.day for row in paid})[-_RECENT_DAYS:]
+    recent = [row for row in paid if row.day in days]
+    count = sum(row.calls for row in recent)
+    return sum((row.cost for row in recent), Decimal(0)) / count if count else None
+
+
+def _status(
+    settings: Settings, task: str, store: Store, judge: Judge, calls: Sequence[SpendRow], held: Decimal
+) -> TaskStatus:
     state = store.policy_row(task)
     figures = judge.figures(task)
     scope = figures.window_served if figures.phase is Phase.SERVE else figures.window_all
     alert = store.latest_alert(task)
     correlation, agreement = scope.correlation, scope.agreement
+    forecast, price = figures.forecast, recent_price(calls)
     return TaskStatus(
         task=task,
         phase=state.phase,
@@ -60,7 +73,7 @@ def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: De
         threshold=state.threshold,
         sampling_rate=state.sampling_rate,
         coaching=figures.coaching,
-        spent=spent,
+        spent=sum((row.cost for row in calls), Decimal(0)),
         held=held,
         training_due=state.training_due,
         waits_for_coach=waits_for_coach(settings, store, task, time.time()),
@@ -68,7 +81,33 @@ def _status(settings: Settings, task: str, store: Store, judge: Judge, spent: De
         promises=tuple(figures.promises),
         sampling_floor=figures.sampling_floor,
         max_bad_answers=settings.sampling.max_bad_answers,
+        forecast=forecast,
+        forecast_cost=None if forecast is None or price is None else price * Decimal(round(forecast.comparisons)),
     )
+
+
+def forecast_words(status: TaskStatus) -> str | None:
+    """What it takes until more is served, in a sentence; None where there is nothing more to serve, or no version."""
+    from apprentice.report import money
+
+    phase, one = Phase(status.phase), status.forecast
+    if phase is Phase.COLLECT or (phase is Phase.SERVE and status.coverage >= 1.0):
+        return None
+    now = f"{status.coverage:.0%} served" if phase is Phase.SERVE else "nothing is served yet"
+    if one is None:
+        return f"{now}; what was compared so far supports no forecast of more within as many requests again"
+    cost = "" if status.forecast_cost is None else f" ({money(status.forecast_cost)})"
+    takes = f"about {_about(one.comparisons)} more comparisons{cost}"
+    if one.checks >= 0.5:
+        takes += f", {_about(one.checks)} of them checks, in {_about(one.requests)} requests,"
+    if phase is Phase.SERVE and one.coverage > status.coverage:
+        return f"{now}; {takes} for {100 * (one.coverage - status.coverage):.0f} points more"
+    return f"{now}; {takes} until {one.coverage:.0%} can be trusted"
+
+
+def _about(count: float) -> str:
+    """Two digits: a forecast knows no more."""
+    return f"{float(f'{max(count, 1.0):.2g}'):,.0f}"
 
 
 def _words(kind: str, at: float) -> str:
@@ -110,6 +149,9 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
                 f"{status.sampling_floor * status.coverage:.1%} of all requests, so that a fall costs at most "
                 f"{status.max_bad_answers:g} bad answers on average"
             )
+        forecast = forecast_words(status)
+        if forecast is not None:
+            lines.append(f"{status.task}: {forecast}")
         if status.held:
             lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
         if status.unverified >= 1:
@@ -164,4 +206,11 @@ def run_command(config: Path, *, as_json: bool) -> None:
 
 
 def _plain(status: TaskStatus) -> dict[str, Any]:
-    return {**asdict(status), "spent": str(status.spent), "held": str(status.held)}
+    cost = None if status.forecast_cost is None else str(status.forecast_cost)
+    return {
+        **asdict(status),
+        "spent": str(status.spent),
+        "held": str(status.held),
+        "forecast_cost": cost,
+        "forecast_words": forecast_words(status),
+    }

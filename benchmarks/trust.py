@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from apprentice.confidence.acceptance import Slices, grid
 from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import Tally, chance
 from apprentice.confidence.drift import Detector
+from apprentice.confidence.forecast import Widening
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Limits, Turn, steer
 from apprentice.confidence.trust import Trust
@@ -616,6 +617,83 @@ def measure_bad_answers(most: float | None, fall: float, runs: int, agreement: f
     return statistics.fmean(bad), statistics.fmean(rates)
 
 
+# -- 3f: how good the forecast of a wider slice is ---------------------------------------------------------------------
+
+# What agrees of each quarter of the traffic, the most confident first.
+FORECAST_WORLDS = (
+    (0.98, 0.82, 0.57, 0.35),
+    (0.99, 0.91, 0.68, 0.38),
+    (0.97, 0.89, 0.75, 0.59),
+    (0.99, 0.97, 0.92, 0.80),
+    (0.995, 0.975, 0.94, 0.89),
+    (0.95, 0.91, 0.87, 0.79),
+)
+FORECAST_TARGETS: dict[str, TrustSettings] = {
+    "correlation .85": TrustSettings(),
+    "at most .05 of the served differ": TrustSettings(max_disagreement=0.05),
+    "at most .10 of the served differ": TrustSettings(max_disagreement=0.10),
+    "at most .05 of all answers differ": TrustSettings(max_disagreement_overall=0.05),
+    "at most .10 of all answers differ": TrustSettings(max_disagreement_overall=0.10),
+    "both": TrustSettings(max_disagreement=0.10, max_disagreement_overall=0.05),
+}
+
+
+def measure_forecast(
+    runs: int,
+    settings: TrustSettings,
+    *,
+    asked_at: Sequence[int] = (100, 200, 400, 800, 1600, 3200),
+    patience: float = 5.0,
+) -> list[tuple[Phase, float]]:
+    """(phase at that time, actual / forecast comparisons) of every forecast in ``runs`` of each of `FORECAST_WORLDS`.
+
+    100 held-out examples are the first requests. A slice that is not certified after ``patience`` times the requests of
+    the forecast, or 50 times that where it is less than 50 requests, counts as infinite.
+    """
+    found: list[tuple[Phase, float]] = []
+    for run, world in product(range(runs), FORECAST_WORLDS):
+        draw = random.Random(f"{run} {world}")
+        labels = Labels([1.0] * 7, draw)
+
+        def ask(labels: Labels = labels, world: Sequence[float] = world) -> tuple[float, tuple[int, int]]:
+            rank = labels.draw.random()
+            return 1.0 - rank, labels.pair(labels.rho(world[int(4.0 * rank)]))
+
+        trust = Trust.fresh(settings)
+        seed = [ask() for _ in range(100)]
+        trust.promoted(
+            [Comparison("seed", same(*pair).score, {}, g, *pair, seeded=True) for g, pair in seed], same, draw
+        )
+        moments = list(asked_at)
+        open_: list[tuple[Phase, Widening, int, int]] = []
+        requests, bought = 100, 100
+        while moments or open_:
+            if moments and requests >= moments[0]:
+                del moments[0]
+                forecast = trust.forecast()
+                if forecast is not None:
+                    open_.append((trust.phase, forecast, requests, bought))
+            phase, threshold, rate = trust.policy_numbers
+            g, pair = ask()
+            served = phase is Phase.SERVE and threshold is not None and g >= threshold
+            trust.watch((LocalObservation(g, served=served),))
+            requests += 1
+            if not served or draw.random() < rate:
+                bought += 1
+                probability, at = (rate if served else 1.0), (1.0 if threshold is None else rate)
+                trust.observe(Comparison("live", same(*pair).score, {}, g, *pair, probability, at, served), same, draw)
+            waiting = []
+            for then, forecast, since, before in open_:
+                if trust.threshold is not None and trust.threshold <= forecast.threshold:
+                    found.append((then, (bought - before) / forecast.comparisons))
+                elif requests - since > patience * max(forecast.requests, 50.0):
+                    found.append((then, math.inf))
+                else:
+                    waiting.append((then, forecast, since, before))
+            open_ = waiting
+    return found
+
+
 # -- 9: a version retrained after a change ---------------------------------------------------------------------------
 
 
@@ -849,6 +927,22 @@ def main() -> None:
                 f"{cost:.0f} at a rate of {rate:.3f}",
                 f"fall by {fall}",
                 None if budget is None else cost <= 1.3 * budget,
+            )
+
+    many = 40 if full else 5
+    head(f"3f Actual comparisons until a wider slice is certified, by the forecast, {6 * many} streams")
+    for name, target in FORECAST_TARGETS.items():
+        forecasts = measure_forecast(many, target)
+        for phase in (Phase.SHADOW, Phase.SERVE):
+            ratios = sorted(ratio for then, ratio in forecasts if then is phase)
+            if len(ratios) < 10:
+                continue
+            low, lower, median, upper, high = (ratios[int(q * (len(ratios) - 1))] for q in (0.1, 0.25, 0.5, 0.75, 0.9))
+            line(
+                f"{name}, {phase.name.lower()}: median ({len(ratios)})",
+                f"{median:.2f}",
+                f"deciles {low:.2f}, {high:.2f}; quartiles {lower:.2f}, {upper:.2f}",
+                2 / 3 <= median <= 1.5,
             )
 
     tasks = 1000 if full else 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 from rich.console import Console
 
 from apprentice.confidence.figures import Promise
+from apprentice.confidence.forecast import Widening
 from apprentice.result import TaskStatus
-from apprentice.status import status_page
-from apprentice.store import Store
+from apprentice.status import forecast_words, recent_price, status_page
+from apprentice.store import SpendRow, Store
+from apprentice.store.records import Usage
 
 ROOT = Path(__file__).parents[1]
 TICKETS = ROOT / "examples" / "support_tickets" / "tickets.jsonl"
@@ -115,6 +118,54 @@ def test_status_is_whole_on_a_narrow_terminal() -> None:
         "at least 10.0% of what is served is checked, at 6.2% of all requests, so that a fall costs at most 60" in words
     )
     assert "extract_entities: last alert drift (2026-11-23 10:00 UTC)" in shown.get()
+
+
+def test_status_says_what_more_would_take() -> None:
+    """Two digits of everything; what was compared is told apart from what was checked for it."""
+    status = TaskStatus(
+        task="t",
+        phase=3,
+        champion="v1",
+        examples=500,
+        comparisons=300,
+        correlation=None,
+        correlation_interval=None,
+        agreement=None,
+        accepted_agreement=None,
+        unverified=0.0,
+        coverage=0.42,
+        threshold=0.9,
+        sampling_rate=0.2,
+        coaching=False,
+        spent=Decimal(3),
+        held=Decimal(0),
+        training_due=None,
+        waits_for_coach=None,
+        last_alert=None,
+        forecast=Widening(0.5, 0.6, 217.0, 143.6, 18.2),
+        forecast_cost=Decimal("0.83"),
+    )
+    assert forecast_words(status) == (
+        "42% served; about 140 more comparisons ($0.83), 18 of them checks, in 220 requests, for 18 points more"
+    )
+    assert forecast_words(replace(status, forecast=None, forecast_cost=None)) == (
+        "42% served; what was compared so far supports no forecast of more within as many requests again"
+    )
+    assert forecast_words(replace(status, coverage=1.0)) is None
+    assert forecast_words(replace(status, phase=1)) is None
+    shadow = replace(status, phase=2, coverage=0.0, forecast=Widening(0.5, 0.6, 60.0, 60.0, 0.0), forecast_cost=None)
+    assert forecast_words(shadow) == ("nothing is served yet; about 60 more comparisons until 60% can be trusted")
+
+
+def test_the_recent_price_is_that_of_remote_calls_on_the_last_days() -> None:
+    def row(day: int, calls: int, cost: str, state: str = "settled", provider: str = "vendor") -> SpendRow:
+        return SpendRow("t", f"2026-01-{day:02}", provider, "m", state, calls, Decimal(cost), Usage())
+
+    old = [row(day, 10, "5") for day in (1, 2, 3)]
+    recent = [row(day, 10, "0.10") for day in range(4, 11)]
+    others = [row(10, 1, "9", provider="vendor training"), row(10, 4, "9", state="lost"), row(11, 7, "0", "released")]
+    assert recent_price(old + recent + others) == Decimal("0.01")
+    assert recent_price(others) is None
 
 
 def test_replay_names_an_unknown_task(tmp_path: Path) -> None:

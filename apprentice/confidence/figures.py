@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from apprentice.confidence.acceptance import Slice
 from apprentice.confidence.correlation import Estimate, Tally
+from apprentice.confidence.forecast import Widening
 from apprentice.phases import Phase
 
 __all__ = ["Figures", "PolicyNumbers", "Promise", "Scope", "scope"]
@@ -73,6 +74,9 @@ class Figures:
     training_due: bool
     promises: Sequence[Promise] = ()
     """Those about disagreement; a correlation target has none."""
+    forecast: Widening | None = None
+    """The wider slice that is worth most within as many requests as were answered so far; None where what was compared
+    supports no forecast."""
 
 
 def scope(tallies: Mapping[str, Tally]) -> Scope:

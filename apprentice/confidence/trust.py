@@ -40,6 +40,7 @@ from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
 from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
+from apprentice.confidence.forecast import Widening, widenings, worthwhile
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Limits, Turn, least_rate, steer
 from apprentice.confidence.trust_events import Event, EventKind
@@ -101,6 +102,7 @@ class Trust:
         self.since_served: dict[str, Tally] = {"": Tally()}
         self.comparisons = 0
         self.unscored = 0
+        self.requests = 0
         self.accepted = 0.0
         self.unverified = 0.0
         self.checked_excess = 0.0
@@ -149,6 +151,7 @@ class Trust:
                 "since_served": {name: tally.sums() for name, tally in self.since_served.items()},
                 "comparisons": self.comparisons,
                 "unscored": self.unscored,
+                "requests": self.requests,
                 "served_count": self.accepted,
                 "unverified": self.unverified,
                 "checked_excess": self.checked_excess,
@@ -187,6 +190,7 @@ class Trust:
         ):
             setattr(trust, name, data[name])
         trust.accepted, trust.unverified = float(data["served_count"]), data.get("unverified", 0.0)
+        trust.requests = data.get("requests", trust.comparisons)
         trust.slices = None if data["slices"] is None else Slices.load(data["slices"])
         trust.guard = None if data["guard"] is None else Guard.load(data["guard"], settings.arl)
         # States from before there were limits have none.
@@ -310,7 +314,7 @@ class Trust:
         self._reset()
         self.phase, self.threshold, self.rate, self.forced = Phase.SHADOW, None, 1.0, 0
         self.coaching = self.alarmed = self.training_due = False
-        self.comparisons = seed.count
+        self.comparisons = self.requests = seed.count
         self.unscored = seed.count - len(seed.waiting)
         self.pending = list(seed.waiting)
         for pending in seed.waiting:
@@ -424,6 +428,7 @@ class Trust:
         """Take in local answers, compared or not, in batches of any size; an alarm forces some spot checks."""
         events = []
         for seen in observations:
+            self.requests += 1
             accepted = seen.served and self.phase is Phase.SERVE
             self.accepted += accepted
             if seen.unverified > 0.0:
@@ -626,8 +631,7 @@ class Trust:
         if self.settings.max_disagreement is not None:
             promised = max(promised, 1.0 - self.settings.max_disagreement)
         elif self.settings.bounds_served:
-            base = self.since_all[""].u / max(self.since_all[""].w, 1e-9)
-            promised = 1.0 - (1.0 - self.settings.graduate) * base
+            promised = 1.0 - (1.0 - self.settings.graduate) * self._base()
         seen = 0.0 if agreement is None else wilson(agreement, weight, 2.33)[0]
         level = min(0.999, max(0.0, promised, seen))
         if self.guard is None:
@@ -710,6 +714,29 @@ class Trust:
         k = self.slices.thresholds.index(self.threshold) if self.threshold in self.slices.thresholds else None
         return 0.0 if k is None else self.slices.share(k)
 
+    def _base(self) -> float:
+        """The mean of 1 - chance score, over everything since the promotion."""
+        return self.since_all[""].u / max(self.since_all[""].w, 1e-9)
+
+    def _widenings(self, rate: float) -> list[Widening]:
+        """What is expected of each slice wider than the served one; see `widenings`. Under alarm nothing is served."""
+        if self.slices is None or self.phase is Phase.COLLECT:
+            return []
+        served, settings = None, self.settings
+        if self.phase is Phase.SERVE and not self.alarmed:
+            if self.threshold not in self.slices.thresholds:
+                return []
+            served = self.slices.thresholds.index(self.threshold)
+        room = settings.max_disagreement
+        if room is None:
+            room = (1.0 - settings.graduate) * self._base()
+        return widenings(self.slices, rate=rate, served=served, room=room, spread=_spread(self.history))
+
+    def forecast(self) -> Widening | None:
+        """See `Figures.forecast`."""
+        coverage = 0.0 if self.alarmed else self.coverage
+        return worthwhile(self._widenings(self.policy_numbers.sampling_rate), coverage=coverage, horizon=self.requests)
+
     @property
     def accepted_agreement(self) -> float | None:
         """See `Figures.accepted_agreement`."""
@@ -739,6 +766,7 @@ class Trust:
             alarmed=self.alarmed,
             training_due=self.training_due,
             promises=self._promises(),
+            forecast=self.forecast(),
         )
 
     def _promises(self) -> list[Promise]:
@@ -769,6 +797,16 @@ def _spare(weighted: Sequence[tuple[float, float]], total: float) -> bool:
     mean = sum(x * w for x, w in weighted) / total
     square = sum(w * w * (x - mean) ** 2 for x, w in weighted) / (total * total)
     return mean >= 0.5 * math.sqrt(square)
+
+
+def _spread(history: Sequence[Seen]) -> float:
+    """The variance of the scores in units of that of labels with the same mean, in (0, 1]; 1 where there is none."""
+    if not history:
+        return 1.0
+    mean = sum(seen.score for seen in history) / len(history)
+    labels = mean * (1.0 - mean)
+    square = sum((seen.score - mean) ** 2 for seen in history) / len(history)
+    return min(1.0, max(0.01, square / labels)) if labels > 1e-9 else 1.0
 
 
 def _rounded(value: float | None) -> float | None:
