@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from apprentice.asking_again import AskingAgain
 from apprentice.backlog import Backlog
 from apprentice.budget import Budget
 from apprentice.config import Settings
@@ -47,6 +48,7 @@ class Assembly:
     tally: Tally
     backlog: Backlog
     alerts: Events
+    asking_again: AskingAgain
     router: Router
 
     def close(self) -> None:
@@ -66,6 +68,7 @@ class Assembly:
             last.callback(self.tally.close)
             last.callback(self.judge.close)
             last.callback(self.switch.close)
+            last.callback(self.asking_again.close)
             last.callback(self.router.close)
 
 
@@ -95,11 +98,22 @@ def assemble(
         judge = Judge(settings, store, clock, draw)
         judge.prepare()
         backlog = Backlog(alerts)
+        asking_again = AskingAgain(
+            settings,
+            store=store,
+            budget=budget,
+            teacher=teacher,
+            judge=judge,
+            backlog=backlog,
+            alerts=alerts,
+            clock=clock,
+        )
         unattended = Unattended(settings, store, alerts, clock)
 
         def chore() -> bool:
             waits = backlog.write()
             unattended.look()
+            asking_again.look()
             return waits
 
         tally = Tally(store, budget.day, chore=chore)
@@ -117,11 +131,14 @@ def assemble(
             tally=tally,
             backlog=backlog,
             alerts=alerts,
+            asking_again=asking_again,
             clock=clock,
             draw=draw,
         )
         opened.pop_all()
-    return Assembly(settings, store, budget, sender, teacher, engine, switch, judge, tally, backlog, alerts, router)
+    return Assembly(
+        settings, store, budget, sender, teacher, engine, switch, judge, tally, backlog, alerts, asking_again, router
+    )
 
 
 def check_remote(settings: Settings, environ: Mapping[str, str], clock: Callable[[], float] = time.time) -> None:

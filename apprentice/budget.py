@@ -47,6 +47,7 @@ from apprentice.store import (
     EventRecord,
     ExampleRecord,
     Reservation,
+    SecondAnswer,
     Settlement,
     StateChange,
     Store,
@@ -71,6 +72,7 @@ _SOON_S = 5.0  # what a caller is told to wait while a cap is only held
 # A call that has been open for longer than any deadline comes back by nobody.
 _ABANDONED_S = 3600.0
 _FADING = Decimal("0.9")
+_SPARE = Decimal("0.80")  # of a cap; the last of it is for answers that somebody waits for
 _NO_CAPS = Caps()
 _PERIODS = ("daily", "weekly", "monthly", "total")
 _WARN_AT: tuple[tuple[Decimal, Level], ...] = (
@@ -414,10 +416,11 @@ class Budget:
         counts: Sequence[Count] = (),
         change: Callable[[TaskState], StateChange] | None = None,
         task: str | None = None,
+        second: SecondAnswer | None = None,
     ) -> TaskState | None:
         """`Store.complete_remote`, with the warnings that the new totals call for."""
         done = self._store.complete_remote(
-            settlements=settlements, example=example, counts=counts, change=change, task=task
+            settlements=settlements, example=example, counts=counts, change=change, task=task, second=second
         )
         self._ended(settlements, done.windows)
         return done.state
@@ -483,6 +486,21 @@ class Budget:
         )
         self._headroom[task] = (now, answer)
         return answer
+
+    def has_spare(self, task: str) -> bool:
+        """Whether a call that nobody waits for may be made: no cap is near its end, or would be with it.
+
+        After it every cap must be below `_SPARE`, what calls in flight hold included, and have room for four more
+        calls like it, so that no request has to wait for what it holds. False while this process made no call of the
+        task, and cannot tell what one holds.
+        """
+        need = self._typical.get(task)
+        if need is None:
+            return False
+        windows = self.windows(task)
+        states = self._store.window_states([w.key for w in windows]) if windows else {}
+        held = {w.key: states[w.key].committed if w.key in states else Decimal(0) for w in windows}
+        return all(held[w.key] + need <= _SPARE * w.cap and held[w.key] + 5 * need <= w.cap for w in windows)
 
     def remaining(self) -> list[CapState]:
         """Every cap in force as it is now: those of all tasks first, then each task's own."""
@@ -676,6 +694,7 @@ class Account:
         *,
         counts: Sequence[Count] = (),
         change: Callable[[TaskState], StateChange] | None = None,
+        second: SecondAnswer | None = None,
     ) -> TaskState | None:
         """Record what the calls cost and what they brought, all of it or nothing, durably.
 
@@ -683,7 +702,7 @@ class Account:
         """
         pending = tuple(self._pending)
         state = self._budget.complete_remote(
-            settlements=pending, example=example, counts=counts, change=change, task=self.task
+            settlements=pending, example=example, counts=counts, change=change, task=self.task, second=second
         )
         self._pending = self._pending[len(pending) :]
         self._recorded += pending

@@ -400,6 +400,23 @@ class SamplingSettings(_Section):
     mean_time_to_false_alarm: int = Field(
         10_000, ge=100, description="comparisons between false alarms of drift, and likewise of coaching and emergency"
     )
+    asked_twice: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.01,
+        description="of the requests that the remote answers, the share that it is asked for once more, behind the "
+        "caller's back, to learn how often it agrees with itself; never more than that, and 0 is never",
+    )
+    asked_again: Annotated[int, Field(ge=0, le=500)] = Field(
+        40,
+        description="stored inputs that the remote is asked again after an alarm, to tell a change of its own from one "
+        "of the traffic or the local model; at least 20, and 0 is never",
+    )
+
+    @field_validator("asked_again")
+    @classmethod
+    def _enough_to_tell(cls, value: int) -> int:
+        if 0 < value < 20:
+            raise ValueError("fewer than 20 answers tell nothing: write 0, or at least 20")
+        return value
 
 
 class TrackingSettings(_Section):

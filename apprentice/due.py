@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apprentice.changes import RemoteChange, remote_change
 from apprentice.config import Settings
 from apprentice.store import Store
 from apprentice.store.records import RunKind, RunRecord
@@ -97,27 +98,40 @@ def due_run(settings: Settings, store: Store, task: str, now: float) -> Due | No
         return Due(unfinished.kind, f"resumes: {unfinished.reason}")
     state, runs, kept = store.policy_row(task), store.runs(task), store.example_totals(task).kept
     wanted, student = halves_wanted(settings, task), settings.local.student
+    first_at = settings.task(task).confidence_thresholds.phase1_to_phase2
+    changed = remote_change(store, task)
+    fresh = kept if changed is None else store.count_examples_since(task, changed.since)
     serving = store.version(task, state.champion) if state.champion is not None else None
     # A version with no head, trained before there were any, gets one with its next adapter.
-    if wanted.head and ("head" in halves_of(serving) if serving is not None else wanted.alone):
+    learnable = changed is None or fresh >= student.head_from
+    if learnable and wanted.head and ("head" in halves_of(serving) if serving is not None else wanted.alone):
         reason = training_due(
             kept,
             last_run(runs, now),  # of either kind: training fits the head, too
             first_at=student.head_from,
             batch=student.refit_every,
             growth=student.refit_growth,
+            escalated=_not_yet_learnt(changed, runs),
         )
         if reason is not None:
             return Due("refit", reason)
-    if not wanted.lora:
+    if not wanted.lora or (changed is not None and fresh < first_at):
         return None
+    trained = [run for run in runs if run.kind == "train"]
     reason = training_due(
         kept,
-        last_run([run for run in runs if run.kind == "train"], now),
-        first_at=settings.task(task).confidence_thresholds.phase1_to_phase2,
+        last_run(trained, now),
+        first_at=first_at,
         batch=settings.local.fine_tune_batch_size,
         growth=settings.local.fine_tune_growth,
-        escalated=state.training_due,
+        escalated=_not_yet_learnt(changed, trained) or state.training_due,
         has_champion=state.champion is not None,
     )
     return None if reason is None else Due("train", reason)
+
+
+def _not_yet_learnt(changed: RemoteChange | None, runs: Sequence[RunRecord]) -> str | None:
+    """Why there must be another run: none of these began since it is known that the remote changed."""
+    if changed is None or any(run.started_at >= changed.at for run in runs):
+        return None
+    return "the remote answers differently than it did"

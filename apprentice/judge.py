@@ -22,6 +22,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from apprentice import secrets
+from apprentice.changes import remote_change
+from apprentice.confidence.ceiling import Ceiling, ceiling_of
 from apprentice.confidence.correlation import CHANCE_DRAWS
 from apprentice.confidence.figures import Figures
 from apprentice.confidence.novelty import Vocabulary
@@ -62,6 +64,7 @@ _FEWEST_FAMILIAR = 100
 _EVALUATOR_S = 120.0
 # How often a comparison is weighed anew because others came before it; then it stays unscored.
 _TRIES = 8
+_PAIRS = 500  # the newest requests asked twice that say how often the remote agrees with itself
 # Versions a task whose trust is kept in memory, on the average: the champion, and those of a roll-out.
 _MOST_KNOWN = 4
 
@@ -212,6 +215,16 @@ class Judge:
     def figures(self, task: str, version: str | None = None) -> Figures:
         """What is known of a version, the task's champion where none is named, with intervals."""
         return self._loaded(self._store.policy_row(task, version)).figures()
+
+    def ceiling(self, task: str) -> Ceiling | None:
+        """How often the remote agrees with itself; None before it was asked twice. See `confidence.ceiling`.
+
+        Of the newest pairs since the remote last changed, as far as that was found out.
+        """
+        changed, settings = remote_change(self._store, task), self._tasks[task]
+        pairs = self._store.pairs(task, since=changed.since if changed else 0.0, limit=_PAIRS)
+        bounded = settings.evaluator != "custom" and not settings.numeric_tolerance
+        return ceiling_of(pairs, self._settings[task], bounded=bounded)
 
     # ------------------------------------------------------------- from routers
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import sys
 import time
 from collections import defaultdict
@@ -32,7 +33,9 @@ from zoneinfo import ZoneInfo
 import click
 
 from apprentice.budget import NEVER, Budget, CapState
+from apprentice.confidence.ceiling import sentence
 from apprentice.config import Settings
+from apprentice.judge import Judge, trust_settings
 from apprentice.store import Count, SpendRow, Store
 
 if TYPE_CHECKING:
@@ -103,7 +106,9 @@ class DayCost:
 class CostReport:
     """The whole report. Money in USD; ``uncertain`` is the part of ``spent`` that may not have been billed.
 
-    ``held`` and ``caps`` are as of now, whatever the report's first day is.
+    ``asked_again`` is the part of ``spent`` for asking the remote once more what it had answered. ``ceilings`` says how
+    often each task's remote agrees with itself, a sentence for each of which that is known. Like ``held`` and ``caps``
+    it is as of now, whatever the report's first day is.
     """
 
     since: str
@@ -112,6 +117,7 @@ class CostReport:
     local_answers: int
     spent: Decimal
     uncertain: Decimal
+    asked_again: Decimal
     held: Decimal
     avoided: Decimal | None
     local_cost: Decimal
@@ -122,6 +128,7 @@ class CostReport:
     days: tuple[DayCost, ...]
     caps: tuple[CapState, ...]
     calls: tuple[SpendRow, ...]
+    ceilings: tuple[str, ...] = ()
 
 
 def parse_since(text: str | None, today: date) -> date | None:
@@ -164,6 +171,7 @@ def cost_report(
         local_answers=sum(t.local_answers for t in tasks),
         spent=sum((t.spent for t in tasks), Decimal(0)),
         uncertain=sum((row.cost for row in calls if row.state == "lost"), Decimal(0)),
+        asked_again=sum((row.cost for row in calls if row.is_asked_again), Decimal(0)),
         held=sum(held.values(), Decimal(0)),
         avoided=avoided,
         local_cost=local_cost,
@@ -174,7 +182,20 @@ def cost_report(
         days=days,
         caps=tuple(caps),
         calls=tuple(calls),
+        ceilings=tuple(_ceilings(store, settings, clock)),
     )
+
+
+def _ceilings(store: Store, settings: Settings, clock: Callable[[], float]) -> Iterable[str]:
+    """What every task's remote makes of a second question, where it was asked one."""
+    from apprentice.status import ceiling_line
+
+    judge = Judge(settings, store, clock, random.Random(0))
+    for task in settings.tasks:
+        ceiling = judge.ceiling(task.name)
+        if ceiling is not None:
+            said = sentence(ceiling, trust_settings(settings, task))
+            yield f"{task.name}: {said or ceiling_line(ceiling)}"
 
 
 def _sum_known(amounts: Iterable[Decimal | None]) -> Decimal | None:
@@ -359,6 +380,8 @@ def _sentence(report: CostReport) -> str:
     )
     if report.uncertain:
         sentence += f" {money(report.uncertain)} of it may not have been billed (calls whose end is unknown)."
+    if report.asked_again:
+        sentence += f" {money(report.asked_again)} of it asked the remote again, to learn how steady it is."
     if report.held:
         sentence += f" Calls in flight hold {money(report.held)} more at most."
     return sentence
@@ -378,7 +401,7 @@ def as_table(report: CostReport) -> RenderableType:
             made.add_row(*row)
         return made
 
-    parts: list[RenderableType] = [Text(_sentence(report)), Text()]
+    parts: list[RenderableType] = [Text(_sentence(report)), *map(Text, report.ceilings), Text()]
     columns = ["task", "requests", "local", "calls", "spent", "per answer", "avoided"]
     lines = (
         [
@@ -462,6 +485,7 @@ svg {{ width: 100%; height: auto }}
 </style>
 <h1>Cost report</h1>
 <p>{escape(_sentence(report))}</p>
+{"".join(f"<p>{escape(line)}</p>" for line in report.ceilings)}
 <h2>Cost per 1,000 requests</h2>
 {_picture([("cost per 1,000 requests", "#2563eb", per_thousand)])}
 <h2>Spent, and what it would have been without Apprentice</h2>

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from apprentice.confidence.ceiling import Ceiling
 from apprentice.confidence.figures import Promise
 from apprentice.confidence.forecast import Widening
 
@@ -57,6 +58,10 @@ class TaskStatus:
     """What is promised of the answers, and how it turned out since the promotion."""
     sampling_floor: float = 0.0
     """What the sampling rate does not fall below."""
+    ceiling: Ceiling | None = None
+    """How often the remote agrees with itself, and what no student can do better than."""
+    out_of_reach: str | None = None
+    """A sentence that says so, where that is less than a target asks for."""
     max_bad_answers: float | None = None
     """How many bad answers a fall of agreement may cost until it is noticed; the floor follows from it."""
     forecast: Widening | None = None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apprentice import secrets
+from apprentice.asking_again import Answered, AskingAgain
 from apprentice.backlog import Backlog
 from apprentice.budget import Account, Budget
 from apprentice.config import Settings, TaskSettings
@@ -126,6 +127,7 @@ class Router:
         tally: Tally,
         backlog: Backlog,
         alerts: Events,
+        asking_again: AskingAgain,
         clock: Callable[[], float],
         draw: random.Random,
     ) -> None:
@@ -138,6 +140,7 @@ class Router:
         self._tally = tally
         self._backlog = backlog
         self._alerts = alerts
+        self._asking_again = asking_again
         self._clock = clock
         self._draw = draw
         self._snapshot = Snapshot(store, clock)
@@ -380,6 +383,7 @@ class Router:
                 self._watch(request, local)
                 self._compare(request, remote.value, local.value)
                 outcome, version = _REMOTE_OUTCOMES[request.plan.reason], local.value.version
+            self._asking_again.note(self._answered(request, remote.value, local.value if local else None))
             self._tally.add(request.task.name, version, outcome, self._age_s(request))
             return Result(request.id, remote.value.output)
         assert remote.error is not None
@@ -397,6 +401,21 @@ class Router:
             return self._serve(request, local, local.value, outcome, unverified=unverified)
         self._tally.add(request.task.name, request.version, "failed", self._age_s(request))
         raise _final_error(request.task.name, remote.error, local.error if local else None)
+
+    def _answered(self, request: _Request, remote: RemoteAnswer, local: LocalAnswer | None) -> Answered:
+        version = local.version if local is not None else request.version
+        rate = request.known.of(version).sampling_rate if request.plan.local else 1.0
+        trusted = local is not None and request.accepts(local)
+        return Answered(
+            request.task,
+            request.id,
+            request.value,
+            remote,
+            local,
+            probability=request.plan.probability if trusted else 1.0,
+            sampling_rate=rate,
+            at=request.at,
+        )
 
     def _serve(
         self,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apprentice.check import sqlite_path
+from apprentice.confidence.ceiling import Ceiling, sentence
 from apprentice.config import Settings, load_settings
-from apprentice.judge import Judge
+from apprentice.judge import Judge, trust_settings
 from apprentice.phases import Phase
 from apprentice.result import TaskStatus
 from apprentice.store import SpendRow, Store
@@ -23,7 +24,15 @@ from apprentice.unattended import waits_for_coach
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["forecast_words", "open_existing", "recent_price", "run_command", "status_page", "task_statuses"]
+__all__ = [
+    "ceiling_line",
+    "forecast_words",
+    "open_existing",
+    "recent_price",
+    "run_command",
+    "status_page",
+    "task_statuses",
+]
 
 _RECENT_DAYS = 7
 
@@ -58,6 +67,7 @@ def _status(
     alert = store.latest_alert(task)
     correlation, agreement = scope.correlation, scope.agreement
     forecast, price = figures.forecast, recent_price(calls)
+    ceiling = judge.ceiling(task)
     return TaskStatus(
         task=task,
         phase=state.phase,
@@ -80,6 +90,8 @@ def _status(
         last_alert=_words(alert.kind, alert.at) if alert else None,
         promises=tuple(figures.promises),
         sampling_floor=figures.sampling_floor,
+        ceiling=ceiling,
+        out_of_reach=None if ceiling is None else sentence(ceiling, trust_settings(settings, settings.task(task))),
         max_bad_answers=settings.sampling.max_bad_answers,
         forecast=forecast,
         forecast_cost=None if forecast is None or price is None else price * Decimal(round(forecast.comparisons)),
@@ -152,6 +164,10 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
         forecast = forecast_words(status)
         if forecast is not None:
             lines.append(f"{status.task}: {forecast}")
+        if status.out_of_reach:
+            lines.append(f"[yellow]{status.task}: {status.out_of_reach}[/yellow]")
+        elif status.ceiling is not None:
+            lines.append(f"{status.task}: {ceiling_line(status.ceiling)}")
         if status.held:
             lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
         if status.unverified >= 1:
@@ -168,6 +184,16 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
         if status.last_alert:
             lines.append(f"[yellow]{status.task}: last alert {status.last_alert}[/yellow]")
     return Group(table, *lines)
+
+
+def ceiling_line(ceiling: Ceiling) -> str:
+    """How often the remote agrees with itself, and the local model with it."""
+    remote, local = ceiling.agreement, ceiling.local
+    line = f"asked twice, the remote agrees with itself in {remote.value:.1%} ({remote.low:.0%} to {remote.high:.0%}"
+    line += f", {ceiling.pairs} requests)"
+    if local is not None:
+        line += f", the local model with it in {local.value:.1%} ({local.low:.0%} to {local.high:.0%})"
+    return line if ceiling.best is None else f"{line}; no student can in more than {ceiling.best:.1%}"
 
 
 def _over(first: str, second: str) -> str:

@@ -8,12 +8,14 @@ for the rest of a body that has begun.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import httpcore
@@ -48,6 +50,13 @@ class Endpoint:
 
     def __repr__(self) -> str:
         return f"Endpoint({scrub(str(self.url))!r})"
+
+    @cached_property
+    def past_caches(self) -> Endpoint:
+        """The same address, for an answer that must be a new one: a gateway on the way must not send an old one."""
+        other = copy.copy(self)
+        other.headers = [*self.headers, (b"cache-control", b"no-cache")]
+        return other
 
 
 def _sendable(name: str, value: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from apprentice.changes import remote_change
 from apprentice.store.records import RunRecord
 from flows.curation import curate_examples
 from flows.dataset import CuratedDataset, load_dataset
@@ -35,8 +36,12 @@ def curate_run(shop: Workshop, run: RunRecord) -> CuratedDataset:
     else:
         advance(shop, run, "curate")
         training = shop.settings.local.training
+        changed = remote_change(shop.store, run.task)
+        since = changed.since if changed is not None else float("-inf")
         dataset = curate_examples(
-            lambda: (e for e in shop.store.examples(run.task) if e.seq <= run.data_high_water),
+            lambda: (
+                e for e in shop.store.examples(run.task) if e.seq <= run.data_high_water and e.created_at >= since
+            ),
             shop.task(run.task),
             folder,
             held_out=training.held_out,

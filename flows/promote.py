@@ -11,14 +11,13 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from apprentice.confidence.drift import change_time
+from apprentice.changes import changed_at
 from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import ChosenMeanwhile
 from apprentice.events.kinds import EventKind
 from apprentice.judge import trust_settings
 from apprentice.store.records import (
     ComparisonRecord,
-    EventRecord,
     PromotedBy,
     PromotionRecord,
     RunRecord,
@@ -47,9 +46,6 @@ __all__ = [
     "show_statuses",
 ]
 
-# An emergency is dated by nothing but itself: what was bought until then counts as bought before it.
-_CHANGES = (EventKind.SHIFT, EventKind.DRIFT, EventKind.EMERGENCY)
-_REMEMBERED = 20_000
 BY_ALIAS = "the alias champion in MLflow"
 """Who chose, if a person moved the alias."""
 _NEVER_CHOSEN = ("rejected", "candidate")
@@ -198,7 +194,7 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
     change it dates is a seed: an older example says nothing about the traffic that the new version will meet. The gate
     may still compare two versions on it.
     """
-    since = changed_at(shop, run.task)
+    since = changed_at(shop.store, run.task)
     fresh = None if since is None else {e.id for e in shop.store.examples(run.task) if e.created_at >= since}
     answers = validated.answers if validated.evidence is None else validated.evidence
     bought = shop.store.overbought(run.task, {a.id for a in answers})
@@ -225,21 +221,6 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
         if a.score is not None and a.local is not None and a.confidence is not None
         if fresh is None or a.id in fresh
     ]
-
-
-def changed_at(shop: Workshop, task: str) -> float | None:
-    """When a task's traffic last changed, in seconds since the epoch, as far as an alarm says so; None if none did."""
-    alarms = [event for kind in _CHANGES if (event := shop.store.latest_event(task, kind)) is not None]
-    return max((_began_at(shop, task, alarm) for alarm in alarms), default=None)
-
-
-def _began_at(shop: Workshop, task: str, alarm: EventRecord) -> float:
-    began = alarm.evidence.get("began_checks_ago")
-    if began is None:
-        return change_time(alarm.at, (), None)
-    known = shop.store.comparisons(task, version=alarm.evidence.get("version"), limit=_REMEMBERED)
-    checks = [c.created_at for c in reversed(known) if c.served and not c.seeded and c.score is not None]
-    return change_time(alarm.at, checks, began)
 
 
 def make_champion(

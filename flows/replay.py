@@ -69,6 +69,9 @@ def run_replay(
     vendor = FakeVendor(_protocol(remote), lambda value: answers[Schema.dumps(value)], keep_questions=False)
     calls = _Calls(live_client or httpx.Client(transport=vendor.transport()))
     environ = None
+    # A recording says the same whenever it is asked, and each call is to be one request's.
+    sampling = settings.sampling.model_copy(update={"asked_twice": 0.0, "asked_again": 0})
+    settings = settings.model_copy(update={"sampling": sampling})
     if live_client is None:
         # The recording has one answer to each request, so there is nobody to fall back on.
         settings = settings.model_copy(update={"remote": remote.model_copy(update={"additional_providers": ()})})

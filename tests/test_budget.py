@@ -557,3 +557,27 @@ def test_a_lost_window_is_made_again(store: Store) -> None:
         tx.run_text("DELETE FROM cap_windows")
     spend(budget, "0.5")
     assert budget.remaining()[0].spent == dollars("0.5")
+
+
+def test_spare_room_ends_before_anybody_has_to_wait(store: Store) -> None:
+    """From 80 % of a cap on, or where four more calls would not fit, there is none; what is held counts."""
+    clock = Clock(2026, 3, 1)
+    budget = Budget(store, BudgetSettings(daily=1), clock=clock)  # type: ignore[arg-type]
+    assert not budget.has_spare("a")  # what a call holds is not known yet
+    budget.lost(budget.reserve("a", "p", "m", dollars("0.10"), "r"))
+    assert budget.has_spare("a")  # .10 + 5 * .10
+    others = [budget.reserve("a", "p", "m", dollars("0.10"), "r") for _ in range(4)]
+    assert budget.has_spare("a")
+    others.append(budget.reserve("a", "p", "m", dollars("0.10"), "r"))
+    assert not budget.has_spare("a")
+    for held in others:
+        budget.release(held)
+    assert budget.has_spare("a")
+    budget.lost(budget.reserve("a", "p", "m", dollars("0.68"), "r"))
+    budget.lost(budget.reserve("a", "p", "m", dollars("0.01"), "r"))
+    assert budget.has_spare("a")  # .79 + .01
+    budget.lost(budget.reserve("a", "p", "m", dollars("0.01"), "r"))
+    assert not budget.has_spare("a")
+    free = Budget(store, BudgetSettings(), {"b": Caps()}, clock=clock)
+    free.lost(free.reserve("b", "p", "m", dollars("5"), "r"))
+    assert free.has_spare("b")

@@ -87,6 +87,25 @@ class EventKind(StrEnum):
         "The agreement on served requests fell suddenly.",
         "Spot checks rise and training is due by itself. Look for a change in the traffic or at the remote's vendor.",
     )
+    REMOTE_CHANGED = (
+        "remote_changed",
+        "warning",
+        "The remote answers stored inputs differently than it did: what changed is the remote, not the local model.",
+        "Training goes on with the answers since the change, by itself. Ask the vendor what became of the model, or "
+        "pin a dated one in `remote.model`; if you changed the task's instructions, this is what came of it.",
+    )
+    REMOTE_STEADY = (
+        "remote_steady",
+        "info",
+        "After an alarm stored inputs were asked again, and nothing speaks for a change of the remote: look at the "
+        "traffic and the local model.",
+    )
+    OUT_OF_REACH = (
+        "out_of_reach",
+        "warning",
+        "The remote agrees with itself too seldom for a target of apprentice.yaml: no local model meets it everywhere.",
+        "The sentence in the evidence says how far it is and what to change. What can be served goes on being served.",
+    )
     UNUSUAL = (
         "unusual",
         "warning",

@@ -26,6 +26,11 @@ class Bucket:
         missing = min(amount, self._full) - self._level
         return max(missing / self._rate, 0.0)
 
+    def is_full(self, now: float) -> bool:
+        """Whether nothing was taken lately."""
+        self._refill(now)
+        return self._level >= self._full
+
     def take(self, amount: float, now: float) -> None:
         self._refill(now)
         self._level -= amount
@@ -78,6 +83,18 @@ class Limits:
             if self._tokens is not None:
                 self._tokens.take(tokens, now)
             return 0.0
+
+    def take_spare(self, tokens: float, now: float) -> bool:
+        """Take a call that nobody waits for: only where nothing else is being asked. Never waits."""
+        with self._lock:
+            buckets = [bucket for bucket in (self._requests, self._tokens) if bucket is not None]
+            if now < self._paused_until or not all(bucket.is_full(now) for bucket in buckets):
+                return False
+            if self._requests is not None:
+                self._requests.take(1, now)
+            if self._tokens is not None:
+                self._tokens.take(tokens, now)
+            return True
 
     def pause(self, until: float, why: str) -> None:
         """The vendor asked for silence until then, and said why."""

@@ -13,7 +13,7 @@ import os
 import random as random_module
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -43,6 +43,7 @@ from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import FORMATS, Completion, Format, Prompt, Provider, Turn
 from apprentice.schema import SchemaError
 from apprentice.store import Usage
+from apprentice.store.records import ASKED_AGAIN
 from apprentice.transport import Request, Send
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
@@ -107,13 +108,14 @@ class _Source:
 
 @dataclass(slots=True)
 class _Asking:
-    """One `ask`: what is asked, its money, and how often it was sent so far."""
+    """One `ask`: what is asked, its money, and how often it was sent so far. ``again``: see `Teacher.ask_again`."""
 
     task: TaskSettings
     user: str
     account: Account
     waits_for_money: bool = True
     attempts: int = 0
+    again: bool = False
 
 
 class Teacher:
@@ -223,6 +225,39 @@ class Teacher:
             )
         raise _no_answer(task.name, [source.label for source in order], causes)
 
+    def ask_again(
+        self, task: TaskSettings, value: Mapping[str, Any], account: Account, *, provider: str, model: str
+    ) -> RemoteAnswer:
+        """Ask the provider and model that gave an answer for another one to the same input. Nobody waits for it.
+
+        So it gives way to whatever somebody does wait for: it takes no turn where the vendor's limits are in use, waits
+        for no money and tries once, and its calls have a name of their own in the ledger (`ASKED_AGAIN`). It asks
+        caches on the way for a new answer. Raises what `ask` does, and `RemoteUnavailable` where now is no time for it
+        or that model is asked no longer.
+        """
+        began = self._monotonic()
+        source = next(
+            (s for s in self._sources if (s.provider.name, s.settings.model) == (provider, model)),
+            None,
+        )
+        if source is None:
+            raise RemoteUnavailable(provider, f"{model} is not in apprentice.yaml any more")
+        asking = _Asking(task, remote_user(value), account, waits_for_money=False, again=True)
+        output = self._ask_one(asking, source, began + self._settings.deadline_s)
+        return RemoteAnswer(
+            output=output,
+            provider=provider,
+            model=model,
+            usage=account.usage,
+            cost=account.cost,
+            attempts=asking.attempts,
+            latency_ms=(self._monotonic() - began) * 1000,
+        )
+
+    def asks(self, provider: str, model: str) -> bool:
+        """Whether this configuration asks that model."""
+        return any((s.provider.name, s.settings.model) == (provider, model) for s in self._sources)
+
     def _ask_one(self, asking: _Asking, source: _Source, ends: float) -> dict[str, Any]:
         """One provider's answer, repaired once where it does not fit."""
         task = asking.task
@@ -275,13 +310,16 @@ class Teacher:
     ) -> Completion | Failure:
         """One completion of one provider, through as many attempts as it takes and the deadline allows."""
         request = source.provider.build(prompt, asking.user, turns)
+        if asking.again:
+            request = replace(request, endpoint=request.endpoint.past_caches)
         failure = Failure("there was no time for an attempt before the deadline")
-        for attempt in range(self._settings.max_retries + 1):
+        most = 0 if asking.again else self._settings.max_retries
+        for attempt in range(most + 1):
             if (rest := source.breaker.wait_s(self._monotonic())) > 0:
                 left_alone = f"is left alone for {rest:.1f} s because it kept failing"
                 failure = Failure(f"{left_alone}; the last failure: {failure.message}" if attempt else left_alone)
                 break
-            if (in_vain := self._wait_for_turn(source, asking.task.name, request, ends)) is not None:
+            if (in_vain := self._wait_for_turn(asking, source, request, ends)) is not None:
                 failure = failure if attempt else in_vain
                 break
             try:
@@ -303,7 +341,7 @@ class Teacher:
             elif source.breaker.failed(now):
                 logger.warning("%s keeps failing (%s); leaving it alone for a while", source.label, failure.message)
             wait_s = max(failure.after_s or 0.0, self._pause_s(attempt))
-            if attempt == self._settings.max_retries or now + wait_s + _SHORTEST_ATTEMPT_S > ends:
+            if attempt == most or now + wait_s + _SHORTEST_ATTEMPT_S > ends:
                 break
             self._sleep(wait_s)
         return failure
@@ -315,7 +353,8 @@ class Teacher:
         price = source.price.now()
         worst = price.worst(len(request.content) + _VENDORS_OWN_TOKENS, prompt.max_output_tokens)
         wait_s = _SHARE_WAITED * (ends - self._monotonic()) if asking.waits_for_money else 0.0
-        with asking.account.call(source.provider.name, source.settings.model, worst, wait_s=wait_s) as call:
+        name = source.provider.name + (ASKED_AGAIN if asking.again else "")
+        with asking.account.call(name, source.settings.model, worst, wait_s=wait_s) as call:
             asking.attempts += 1
             call.sent()
             answer = self._send_once(source, request, ends - self._monotonic())
@@ -335,15 +374,20 @@ class Teacher:
             return of_exception(error)
         return read(source.provider, response, self._clock())
 
-    def _wait_for_turn(self, source: _Source, task: str, request: Request, ends: float) -> Failure | None:
+    def _wait_for_turn(self, asking: _Asking, source: _Source, request: Request, ends: float) -> Failure | None:
         """Wait until the provider's limits allow a call; then `Limits.leave` must follow. Else why they do not."""
         limits, settings = source.limits, source.settings
-        if not limits.enter(ends - self._monotonic()):
+        if not limits.enter(0.0 if asking.again else ends - self._monotonic()):
             return Failure(
                 f"all {settings.max_concurrency} calls at once (max_concurrency) were busy until the deadline"
             )
-        tokens = len(request.content) / _BYTES_PER_TOKEN + source.typical_output.get(task, _TYPICAL_OUTPUT)
+        tokens = len(request.content) / _BYTES_PER_TOKEN + source.typical_output.get(asking.task.name, _TYPICAL_OUTPUT)
         try:
+            if asking.again:
+                if limits.take_spare(tokens, self._monotonic()):
+                    return None
+                limits.leave()
+                return Failure("its limits are in use for requests that somebody waits for")
             while (wait_s := limits.take(tokens, now := self._monotonic())) > 0:
                 if now + wait_s + _SHORTEST_ATTEMPT_S > ends:
                     failure = self._why_not(limits, now, wait_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import bindparam, func, insert, select
@@ -13,7 +14,7 @@ from apprentice.store.database import Transaction
 from apprentice.store.records import ExampleRecord
 from apprentice.store.tables import examples
 
-__all__ = ["add", "count", "newest_inputs", "page"]
+__all__ = ["add", "before", "count", "count_since", "newest_inputs", "page"]
 
 _insert = insert(examples).returning(examples.c.seq)
 _columns = [c for c in examples.columns if c.name != "seq"]
@@ -26,6 +27,15 @@ _page = (
 _count = select(func.count()).where(examples.c.task == bindparam("b_task"), examples.c.seq > bindparam("b_after"))
 _extent = select(func.count(), func.max(examples.c.seq)).where(examples.c.task == bindparam("b_task"))
 
+_count_since = select(func.count()).where(
+    examples.c.task == bindparam("b_task"), examples.c.created_at >= bindparam("b_at")
+)
+_before = (
+    select(*_columns, examples.c.seq)
+    .where(examples.c.task == bindparam("b_task"), examples.c.created_at < bindparam("b_at"))
+    .order_by(examples.c.seq.desc())
+    .limit(bindparam("b_limit"))
+)
 _newest_inputs = (
     select(examples.c.input)
     .where(examples.c.task == bindparam("b_task"))
@@ -63,7 +73,20 @@ def add(tx: Transaction, example: ExampleRecord) -> int:
 
 def page(tx: Transaction, task: str, after: int, limit: int) -> list[ExampleRecord]:
     rows = tx.run(_page, {"b_task": task, "b_after": after, "b_limit": limit}).fetchall()
-    return [ExampleRecord(r[0], r[1], json.loads(r[2]), json.loads(r[3]), *r[4:]) for r in rows]
+    return [_record(row) for row in rows]
+
+
+def _record(row: Sequence[Any]) -> ExampleRecord:
+    return ExampleRecord(row[0], row[1], json.loads(row[2]), json.loads(row[3]), *row[4:])
+
+
+def before(tx: Transaction, task: str, at: float, limit: int) -> list[ExampleRecord]:
+    rows = tx.run(_before, {"b_task": task, "b_at": at, "b_limit": limit}).fetchall()
+    return [_record(row) for row in rows]
+
+
+def count_since(tx: Transaction, task: str, at: float) -> int:
+    return int(tx.run(_count_since, {"b_task": task, "b_at": at}).fetchone()[0])
 
 
 def count(tx: Transaction, task: str, after: int) -> int:

@@ -335,6 +335,24 @@ def tell_kinds_of_runs(op: Operations) -> None:
     op.add_column("runs", Column("kind", Text, nullable=False, server_default="train"))
 
 
+def create_second_answers(op: Operations) -> None:
+    """What the remote said when it was asked more than once."""
+    op.create_table(
+        "second_answers",
+        _seq(),
+        *_texts("id", "task", "cause"),
+        Column("turn", Integer, nullable=False),
+        *_texts("request_id", "first", "output"),
+        Column("local", Text),
+        *(Column(name, Float) for name in ("score", "side", "chance", "local_score")),
+        *_floats("probability", "sampling_rate"),
+        *_texts("version", "provider", "model"),
+        *_floats("first_at", "created_at"),
+    )
+    op.create_index("second_answers_task", "second_answers", ["task", "cause", "seq"])
+    op.create_index("second_answers_id", "second_answers", ["id"], unique=True)
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -350,6 +368,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     bind_caps_and_name_windows,
     create_promotions,
     tell_kinds_of_runs,
+    create_second_answers,
 )
 LATEST = len(_STEPS)
 

@@ -27,6 +27,7 @@ __all__ = [
     "Lease",
     "Reservation",
     "RunRecord",
+    "SecondAnswer",
     "Settlement",
     "SpendRow",
     "StateChange",
@@ -39,6 +40,9 @@ __all__ = [
 
 NANO = Decimal(1_000_000_000)
 """Nano-dollars in a dollar; money is kept in whole ones."""
+
+ASKED_AGAIN = " asked again"
+"""Ends the provider's name of calls that ask the remote once more for what it has answered."""
 
 type RunState = Literal["running", "completed", "failed", "rejected", "waits_for_review", "cancelled"]
 type RunKind = Literal["train", "refit"]
@@ -70,6 +74,39 @@ class ComparisonRecord(Comparison):
     request_id: str
     version: str
     created_at: float
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondAnswer:
+    """What the remote said to a request that it had answered before; ``seq`` is given by the store.
+
+    ``cause`` is "" where it was asked twice at once, else the id of the event that had stored inputs asked again, and
+    ``turn`` is 2, or 3 for the arbiter's answer. ``score`` is that of the two answers; ``side``, of an arbiter, what it
+    scores against the second answer less that against the first; ``chance`` what it scores against the remote's answers
+    to other requests. All are None where the evaluator failed. ``local`` is the local model's answer, if it had one,
+    and ``local_score`` its score against the first. ``probability`` and ``sampling_rate`` as in `Comparison`.
+    """
+
+    id: str
+    task: str
+    request_id: str
+    first: Mapping[str, Any]
+    output: Mapping[str, Any]
+    provider: str
+    model: str
+    first_at: float
+    created_at: float
+    cause: str = ""
+    turn: int = 2
+    local: Mapping[str, Any] | None = None
+    score: float | None = None
+    side: float | None = None
+    chance: float | None = None
+    local_score: float | None = None
+    probability: float = 1.0
+    sampling_rate: float = 1.0
+    version: str = ""
     seq: int = 0
 
 
@@ -354,7 +391,8 @@ class SpendRow:
 
     ``state`` is settled (``cost`` is the bill), lost (it may have been billed: ``cost`` is the worst case) or released
     (nothing was billed). A vendor's training is a call too, its provider is named "... training"; so is an answer of a
-    local model that a vendor hosts, "... hosted".
+    local model that a vendor hosts, "... hosted", and one that no caller gets, because the remote was asked again, "...
+    asked again".
     """
 
     task: str
@@ -369,7 +407,12 @@ class SpendRow:
     @property
     def is_answering(self) -> bool:
         """Whether these calls were made for the remote's answers, which are what local answers save."""
-        return not self.provider.endswith((" training", " hosted"))
+        return not self.provider.endswith((" training", " hosted", ASKED_AGAIN))
+
+    @property
+    def is_asked_again(self) -> bool:
+        """Whether these calls asked the remote again for what it had answered, to learn how steady it is."""
+        return self.provider.endswith(ASKED_AGAIN)
 
     @property
     def is_hosted(self) -> bool:

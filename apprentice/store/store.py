@@ -15,9 +15,22 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+from apprentice.confidence.ceiling import Pair
 from apprentice.errors import StoreError
 from apprentice.events.kinds import EventKind
-from apprentice.store import comparisons, counts, events, examples, holds, ledger, runs, states, totals, versions
+from apprentice.store import (
+    comparisons,
+    counts,
+    events,
+    examples,
+    holds,
+    ledger,
+    runs,
+    seconds,
+    states,
+    totals,
+    versions,
+)
 from apprentice.store.database import Database, StoreReplaced, Transaction, open_database
 from apprentice.store.migrations import contract, migrate
 from apprentice.store.records import (
@@ -36,6 +49,7 @@ from apprentice.store.records import (
     Reservation,
     RunKind,
     RunRecord,
+    SecondAnswer,
     Settlement,
     SpendRow,
     StateChange,
@@ -168,10 +182,12 @@ class Store:
         counts: Sequence[Count] = (),
         change: Callable[[TaskState], StateChange] | None = None,
         task: str | None = None,
+        second: SecondAnswer | None = None,
     ) -> Completed:
         """Record a remote answer, all of it or nothing, durably: what it cost, the example, the counts.
 
-        With ``change`` the state of ``task`` (default: the example's) changes in the same transaction. Doing it again,
+        ``second`` is an answer to what had been answered before: no example, but kept beside the first one. With
+        ``change`` the state of ``task`` (default: the example's) changes in the same transaction. Doing it again,
         because nobody heard whether it was done, adds no second example and no second count.
         """
         name = task or (example.task if example else None)
@@ -189,6 +205,8 @@ class Store:
                 examples.add(tx, example)
             if counts and not done_before:
                 _add_counts(tx, counts)
+            if second is not None:
+                seconds.add(tx, second)
             return Completed(state, windows)
 
     def add_example(self, example: ExampleRecord) -> int:
@@ -224,6 +242,38 @@ class Store:
         """The inputs of the newest examples as JSON text, the newest first."""
         with self._read() as tx:
             return examples.newest_inputs(tx, task, limit)
+
+    def examples_before(self, task: str, at: float, limit: int) -> list[ExampleRecord]:
+        """The newest examples from before a moment (Unix seconds), the newest first. For rare questions."""
+        with self._read() as tx:
+            return examples.before(tx, task, at, limit)
+
+    def count_examples_since(self, task: str, at: float) -> int:
+        """How many examples came since a moment (Unix seconds). Looks at each: for rare questions."""
+        with self._read() as tx:
+            return examples.count_since(tx, task, at)
+
+    # answers to what was answered before
+
+    def second_answers(self, task: str, *, cause: str = "", limit: int = 1000) -> list[SecondAnswer]:
+        """The newest answers to requests asked again because of ``cause`` ("": asked twice at once), newest first."""
+        with self._read() as tx:
+            return seconds.newest(tx, task, cause, limit)
+
+    def score_second_answer(self, second: SecondAnswer) -> None:
+        """Write the scores of an answer that is recorded already."""
+        with self._write() as tx:
+            seconds.score(tx, second)
+
+    def count_second_answers(self, task: str, *, cause: str = "") -> int:
+        """How many of them there are."""
+        with self._read() as tx:
+            return seconds.count(tx, task, cause)
+
+    def pairs(self, task: str, *, since: float, limit: int) -> list[Pair]:
+        """The newest ``limit`` scored requests that were asked twice, first answered since then, the oldest first."""
+        with self._read() as tx:
+            return seconds.pairs(tx, task, since, limit)
 
     # comparisons
 

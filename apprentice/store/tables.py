@@ -22,6 +22,7 @@ __all__ = [
     "metadata",
     "promotions",
     "runs",
+    "second_answers",
     "tasks",
     "version_holds",
     "version_states",
@@ -111,6 +112,35 @@ Index(
     sqlite_where=_disagrees,
     postgresql_where=_disagrees,
 )
+
+# What the remote said when it was asked a second or a third time, beside what it had said at first. Of a request that
+# was asked twice at once ``cause`` is ""; else it is the event that had stored inputs asked again.
+second_answers = Table(
+    "second_answers",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("first", Text, nullable=False),
+    Column("output", Text, nullable=False),
+    Column("local", Text),
+    Column("score", Float),
+    Column("side", Float),
+    Column("chance", Float),
+    Column("local_score", Float),
+    Column("probability", Float, nullable=False),
+    Column("sampling_rate", Float, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("first_at", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+Index("second_answers_task", second_answers.c.task, second_answers.c.cause, second_answers.c.seq)
+Index("second_answers_id", second_answers.c.id, unique=True)
 
 counts = Table(
     "counts",

@@ -317,6 +317,20 @@ def test_a_candidate_that_was_refused_is_let_go(home: Any, trainer: Any) -> None
     assert home.engine.loaded() == []
 
 
+def test_a_remote_that_changed_is_learnt_from_its_new_answers_alone(home: Any, trainer: Any) -> None:
+    """What it said before the change is in the store, and in no dataset: majorities would outvote what it says now."""
+    home.teach(80, at=1000.0)
+    evidence = {"since": 1000.0}
+    home.store.add_event(EventRecord("changed", "mood", "remote_changed", "warning", evidence, 1100.0))
+    shop = Workshop.open(home.settings)
+    dataset = curate_run(shop, begin(shop, "mood", "due"))
+    shop.close()
+    rows = [json.loads(line) for file in (dataset.train, dataset.held_out) for line in file.read_text().splitlines()]
+    assert len(rows) > 60
+    assert {row["id"] for row in rows} <= {f"r{i}" for i in range(60, 140)}
+    assert dataset.card.examples == 80
+
+
 def test_a_run_goes_on_in_a_home_that_was_moved(home: Any, trainer: Any) -> None:
     """Between training and validation; what the first step wrote down names a folder of the old place."""
     shop = Workshop.open(home.settings)

@@ -22,6 +22,7 @@ from apprentice.store import (
     EventRecord,
     ExampleRecord,
     Reservation,
+    SecondAnswer,
     Settlement,
     StateChange,
     Store,
@@ -643,3 +644,65 @@ def test_the_last_who_holds_a_version_is_to_unload_it(store: Store, clock: Any) 
     clock.now += 61
     assert store.abandoned_versions("s") == []
     assert not store.release_version("s", "operator's", "a")
+
+
+def second(n: int, **values: Any) -> SecondAnswer:
+    made = SecondAnswer(
+        id=f"s{n}",
+        task="a",
+        request_id=f"x{n}",
+        first={"label": "l"},
+        output={"label": "Ü"},
+        provider="anthropic",
+        model="m",
+        first_at=float(n),
+        created_at=n + 0.5,
+    )
+    return replace(made, **values)
+
+
+def test_second_answers_are_kept_raw_with_what_they_cost(store: Store) -> None:
+    """In the transaction that ends the call, once however often it is tried, and no example."""
+    held = reserve(store)
+    assert held is not None
+    settled = Settlement(held, "settled", Decimal("0.10"), Usage(10, 5))
+    for _ in range(2):
+        store.complete_remote(settlements=[settled], second=second(1, local={"label": "k"}, probability=0.25))
+    (row,) = store.second_answers("a")
+    assert replace(row, seq=0) == second(1, local={"label": "k"}, probability=0.25)
+    assert committed(store) == (Decimal("0.10"), Decimal("0.10"))
+    assert store.count_examples("a") == 0
+    assert store.example_totals("a").ever == 0
+
+
+def test_second_answers_are_found_by_what_they_were_asked_for(store: Store) -> None:
+    """Those of an alarm apart from those asked at once; the newest first, and pairs in the order of asking."""
+    for n in range(6):
+        store.complete_remote(settlements=[], second=second(n, cause="alarm" if n == 3 else "", sampling_rate=0.5))
+    store.complete_remote(settlements=[], second=second(9, task="b"))
+    assert [row.id for row in store.second_answers("a")] == ["s5", "s4", "s2", "s1", "s0"]
+    assert [row.id for row in store.second_answers("a", limit=2)] == ["s5", "s4"]
+    assert [row.id for row in store.second_answers("a", cause="alarm")] == ["s3"]
+    assert (store.count_second_answers("a"), store.count_second_answers("a", cause="alarm")) == (5, 1)
+    assert store.pairs("a", since=0.0, limit=10) == []  # nothing is scored yet
+    for n in (1, 2, 3, 5):
+        store.score_second_answer(second(n, score=n / 10, chance=0.25, local_score=1.0, side=0.5))
+    (third,) = store.second_answers("a", cause="alarm")
+    assert (third.score, third.chance, third.local_score, third.side) == (0.3, 0.25, 1.0, 0.5)
+    assert store.pairs("a", since=0.0, limit=10) == [
+        (0.1, 0.25, 0.5, 1.0),
+        (0.2, 0.25, 0.5, 1.0),
+        (0.5, 0.25, 0.5, 1.0),
+    ]
+    assert [pair.score for pair in store.pairs("a", since=2.0, limit=10)] == [0.2, 0.5]
+    assert [pair.score for pair in store.pairs("a", since=0.0, limit=1)] == [0.5]
+
+
+def test_examples_from_before_and_since_a_moment(store: Store) -> None:
+    """The newest from before it come first; the moment itself is since."""
+    for n in range(6):
+        store.add_example(example(n))
+    store.add_example(example(7, task="b", created_at=1.0))
+    assert [e.id for e in store.examples_before("a", 4.0, 3)] == ["x3", "x2", "x1"]
+    assert store.examples_before("a", 0.0, 3) == []
+    assert store.count_examples_since("a", 4.0) == 2
