@@ -116,7 +116,11 @@ class Workbench:
 
 
 def settings(tmp_path: Path, vendor: FakeVendor, **more: Any) -> Settings:
-    """A configuration with one task, ``mood``, its files under ``tmp_path``; ``more`` replaces or adds sections."""
+    """A configuration with one task, ``mood``, its files under ``tmp_path``; ``more`` replaces or adds sections.
+
+    The remote is asked nothing a second time unless ``sampling`` says so, so that its calls can be counted.
+    """
+    more["sampling"] = {"asked_twice": 0.0, "asked_again": 0, **more.get("sampling", {})}
     document: dict[str, Any] = {
         "tasks": [
             {

@@ -208,7 +208,7 @@ def test_nothing_is_asked_where_nothing_is_wanted(room: Callable[..., Room]) -> 
 
 def test_the_default_asks_one_in_a_hundred(room: Callable[..., Room]) -> None:
     """However often it is looked: with 250 answers, two."""
-    at = room()
+    at = room(sampling={"asked_twice": SamplingSettings().asked_twice})
     for i in range(250):
         at.run(f"joy {i}")
         at.asks()

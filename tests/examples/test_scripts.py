@@ -61,7 +61,8 @@ def test_two_routers_keep_one_cap(tmp_path: Path, new_postgres: Callable[[], str
     """On a real PostgreSQL: not a cent above the cap, and both see the same."""
     counts, money = printed("two_routers.py", new_postgres(), cwd=tmp_path)
     answered, asked, first, second = map(int, re.findall(r"\d+", counts))
-    assert 0 < answered == asked == first == second < 500
+    assert 0 < answered == first == second <= asked < 500
+    assert asked <= 1.01 * answered  # one in a hundred is asked for twice
     spent, cap = map(float, re.findall(r"\$([\d.]+)", money))
     assert 0.8 * cap < spent <= cap
     assert money.endswith("seen by both: True")
