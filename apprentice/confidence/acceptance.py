@@ -15,6 +15,9 @@ comparisons, one that is larger misses the target or nearly so. The rest is for 
 largest confidence, the comparisons above it are a plain sample of its slice; the one that set it is not, and does not
 bet on it.
 
+**One exact test** joins the bets on a target of what is served, at a part of delta (`exact`), where every comparison
+counts alike and its score is 0 or 1.
+
 **Two targets.** All this is about what is *served*. `Overall` certifies instead how much of all answers differs, or in
 addition: a slice is then certified when both say so, and each promise is broken with probability at most delta.
 """
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 from operator import neg
 from typing import Any
 
+from apprentice.confidence import exact
 from apprentice.confidence.certify import LOG_PRIOR, PRIOR, log_stakes, wealth
 from apprentice.confidence.overall import Overall
 
@@ -121,12 +125,17 @@ class Slices:
         "certified",
         "delta",
         "entry",
+        "exact_share",
+        "limit",
         "look",
         "overall",
         "overall_winds",
         "peaks",
+        "plain",
         "served",
         "shares",
+        "test_level",
+        "tested",
         "thresholds",
         "unseen",
         "waited",
@@ -142,13 +151,15 @@ class Slices:
         *,
         weights: Sequence[float] | None = None,
         entry: float | None = None,
+        max_disagreement: float | None = None,
         max_disagreement_overall: float | None = None,
         served: bool = True,
     ) -> None:
         """``thresholds`` descend to 0.0; ``confidences`` are a sample of the traffic's, with ``weights`` as in `grid`.
 
         ``entry`` is where most of delta enters, as a share of the traffic (`promising`).
-        ``served``: what is served has a target of its own. One of both there must be.
+        ``served``: what is served has a target of its own. One of both there must be. If it is ``max_disagreement``, an
+        exact test has a part of delta; without it, all of delta is bet.
         """
         assert served or max_disagreement_overall is not None
         self.thresholds = list(thresholds)
@@ -160,6 +171,8 @@ class Slices:
         self.shares[-1] = 1.0
         self.entry = entry
         self.served = served
+        self.limit = max_disagreement
+        self.exact_share = 0.0 if max_disagreement is None else exact.SHARE
         self.overall: Overall | None = None
         if max_disagreement_overall is not None:
             self.overall = Overall(max_disagreement_overall, delta, len(self.thresholds), FIRST_STAKE)
@@ -169,7 +182,8 @@ class Slices:
         """Forget all evidence, keep the grid: what held before an alarm says nothing about the time after it."""
         count = len(self.thresholds)
         # Log capital of every slice before any band, and what each band added to it; per size of bet.
-        self.bases = [[prior + math.log(_stake(0)) for prior in LOG_PRIOR] for _ in range(count)]
+        start = math.log(self._stake(0))
+        self.bases = [[prior + start for prior in LOG_PRIOR] for _ in range(count)]
         self.bands = [[0.0] * len(LOG_PRIOR) for _ in range(count)]
         self.winds = [0] * count
         self.peaks = [1.0] * count
@@ -177,6 +191,11 @@ class Slices:
         self.agreed = [0.0] * count
         self.unseen = self.waited = self.overall_winds = 0
         self.certified: int | None = None
+        # Whether every comparison counted in full and scored 0 or 1; the test's error, 0 once it is made; the smallest
+        # and the largest slice that it certified.
+        self.plain = True
+        self.test_level = self.exact_share * self.delta
+        self.tested: tuple[int, int] | None = None
         if self.overall is not None:
             self.overall.restart(count, FIRST_STAKE)
 
@@ -198,6 +217,7 @@ class Slices:
         k = bisect_left(self.thresholds, -confidence, key=neg)
         self.weights[k] += weight
         self.agreed[k] += weight * score
+        self.plain = self.plain and weight == 1.0 and score in (0.0, 1.0)
         if self.overall is not None:
             self.overall.add(k, score, weight)
         band = k + 1 if sets else k
@@ -217,7 +237,12 @@ class Slices:
         """The wealth that certifies each slice, given what is certified already; infinite where no share has come."""
         held = self.entry_shares()
         last = len(held) - 1
-        done = [False] * len(held)
+        done = [self._is_tested(k) for k in range(len(held))]
+        for k in range(last):
+            if done[k]:  # its share goes to the next one that is not certified
+                onward = next((j for j in range(k + 1, last + 1) if not done[j]), None)
+                if onward is not None:
+                    held[onward] += held[k]
         moved = True
         while moved:
             moved = False
@@ -234,6 +259,8 @@ class Slices:
         """Look at every slice larger than the certified one and certify what can be; whether it grew."""
         self.unseen = 0
         reached = self._look() if self.served else False
+        if self.test_level > 0.0 and self.plain and sum(self.weights) >= exact.FEWEST:
+            reached = self._test() or reached
         if self.overall is not None:
             before = self.overall.certified
             self.overall.settle()
@@ -253,7 +280,8 @@ class Slices:
         """Of each slice, whether it has met every target, one after the other or at once."""
         proved = [True] * len(self.thresholds)
         if self.served:
-            proved = [peak >= needed for peak, needed in zip(self.peaks, self.needed(), strict=True)]
+            needed = self.needed()
+            proved = [peak >= needed[k] or self._is_tested(k) for k, peak in enumerate(self.peaks)]
         if self.overall is not None:
             last = -1 if self.overall.certified is None else self.overall.certified
             proved = [certain and k <= last for k, certain in enumerate(proved)]
@@ -280,20 +308,53 @@ class Slices:
                 reached = reached or worth >= least
         return reached
 
+    def _test(self) -> bool:
+        """Make the exact test, once; whether it certified anything."""
+        assert self.limit is not None
+        level, self.test_level = self.test_level, 0.0
+        place = exact.ENTRY * (ENTRIES[0][0] if self.entry is None else self.entry)
+        first = min(range(len(self.thresholds)), key=lambda k: abs(self.shares[k] - place))
+        for k in range(first, len(self.thresholds)):
+            n = round(self.weight(k))
+            differ = n - round(sum(self.agreed[: k + 1]))
+            # A threshold was set by one of those that it lets in, which is no evidence about its slice; that one is
+            # taken to have agreed.
+            if exact.p_value(differ, n - (self.thresholds[k] > 0.0), self.limit) > level:
+                break
+            self.tested = (first, k)
+        return self.tested is not None
+
+    def _is_tested(self, k: int) -> bool:
+        """Whether the exact test certified slice ``k``."""
+        return self.tested is not None and self.tested[0] <= k <= self.tested[1]
+
+    @property
+    def is_by_test(self) -> bool:
+        """Whether what is certified is so by the exact test, and not by bets."""
+        return self.certified is not None and self._is_tested(self.certified)
+
+    def _stake(self, winds: int) -> float:
+        """What a slice puts in at its first start, or at a later one.
+
+        All of them together never put in more than 1, or what the exact test leaves of it, so their sum is one
+        supermartingale, whatever made them begin.
+        """
+        return _part(winds) * (1.0 - self.exact_share)
+
     def _second_wind(self) -> None:
         """Every so often, where nothing is certified, let ruined slices begin again with what was kept back."""
         if self.certified is not None or self.waited < PATIENCE:
             return
         self.waited = 0
         if self.overall is not None and self.overall.renew(
-            RUINED * _stake(self.overall_winds), _stake(self.overall_winds + 1)
+            RUINED * _part(self.overall_winds), _part(self.overall_winds + 1)
         ):
             self.overall_winds += 1
         for k in range(len(self.bands) if self.served else 0):
             capital = self.log_capital(k)
-            if wealth(capital) < RUINED * _stake(self.winds[k]):
+            if wealth(capital) < RUINED * self._stake(self.winds[k]):
                 self.winds[k] += 1
-                start = math.log(_stake(self.winds[k]))
+                start = math.log(self._stake(self.winds[k]))
                 self.bases[k] = [
                     base - held + prior + start
                     for base, held, prior in zip(self.bases[k], capital, LOG_PRIOR, strict=True)
@@ -352,12 +413,13 @@ class Slices:
         """Keep ``stake`` of what the evidence so far is worth, and start the rest afresh at 1.
 
         A mixture of two supermartingales is one. Used where evidence is shared with earlier attempts (``stake`` =
-        1/attempts): it can then certify by itself with probability at most stake * delta.
+        1/attempts): it can then certify by itself with probability at most stake * delta. Likewise the exact test.
         """
         count = len(self.thresholds)
+        fresh = self._stake(0)
         self.bases = [
             [
-                math.log(stake * math.exp(min(held, 60.0)) + (1.0 - stake) * FIRST_STAKE * start)
+                math.log(stake * math.exp(min(held, 60.0)) + (1.0 - stake) * fresh * start)
                 for held, start in zip(self.log_capital(k), PRIOR, strict=True)
             ]
             for k in range(count)
@@ -366,7 +428,8 @@ class Slices:
         self.peaks = [1.0] * count
         if self.overall is not None:
             self.overall.hedge(stake, FIRST_STAKE)
-        self.certified = None
+        self.certified = self.tested = None
+        self.test_level = stake * self.exact_share * self.delta
         self.settle()
 
     def replay(self, comparisons: Iterable[tuple[float, float, float, float]]) -> None:
@@ -375,9 +438,11 @@ class Slices:
         Of those that share a threshold's confidence exactly one set it, and exactly one does not bet on it.
         """
         setters = set(self.thresholds)
+        level, self.test_level = self.test_level, 0.0  # the test is made of all of them
         for confidence, score, x, weight in comparisons:
             self.add(confidence, score, x, weight, sets=confidence in setters)
             setters.discard(confidence)
+        self.test_level = level
         self.settle()
 
     def dump(self) -> dict[str, Any]:
@@ -397,6 +462,8 @@ class Slices:
             "certified": self.certified,
             "entry": self.entry,
             "served": self.served,
+            "limit": self.limit,
+            "exact": [self.exact_share, self.test_level, self.plain, self.tested],
             "overall": None if self.overall is None else {**self.overall.dump(), "winds": self.overall_winds},
         }
 
@@ -409,15 +476,16 @@ class Slices:
         slices.unseen, slices.waited = data["unseen"], data["waited"]
         slices.certified, slices.entry = data["certified"], data.get("entry")
         slices.served = data.get("served", True)
+        # States from before there was a test bet all of delta.
+        slices.limit = data.get("limit")
+        slices.exact_share, slices.test_level, slices.plain, tested = data.get("exact", (0.0, 0.0, False, None))
+        slices.tested = None if tested is None else (tested[0], tested[1])
         overall = data.get("overall")
         if overall is not None:
             slices.overall, slices.overall_winds = Overall.load(overall), overall["winds"]
         return slices
 
 
-def _stake(winds: int) -> float:
-    """What a slice puts in at its first start, or at a later one.
-
-    All of them together never put in more than 1, so their sum is one supermartingale, whatever made them begin.
-    """
+def _part(winds: int) -> float:
+    """The part of the capital that goes in at the first start, or at a later one; all of them are no more than 1."""
     return FIRST_STAKE if winds == 0 else (1.0 - FIRST_STAKE) / (winds * (winds + 1))

@@ -367,7 +367,9 @@ class Trust:
         seen = [self._numbers(pending, expected) for pending, expected in seed.opening if isinstance(expected, Chance)]
         if not seen:
             return []
-        asked = self._bet(seen)
+        asked = self._bet(seen, after=self.slices)
+        if self.slices is not None:
+            self.slices.test_level = asked.test_level
         known = 0.0 if self.slices is None else sum(self.slices.weights)
         as_much = sum(one.weight for one in seen) >= known
         if self.phase is not Phase.SERVE:
@@ -479,25 +481,35 @@ class Trust:
         self.slices = self._bet(seen)
         return events
 
-    def _bet(self, seen: Sequence[Seen]) -> Slices:
-        """Slices of the traffic that these are a sample of, after all of them have bet."""
-        slices = self._new_slices(seen)
+    def _bet(self, seen: Sequence[Seen], after: Slices | None = None) -> Slices:
+        """Slices of the traffic that these are a sample of, after all of them have bet.
+
+        ``after`` are those of a predecessor that they are to replace: one error holds for both.
+        """
+        slices = self._new_slices(seen, after)
         slices.replay((one.confidence, one.score, self._excess(one, one.score), one.weight) for one in seen)
         return slices
 
-    def _new_slices(self, seen: Sequence[Seen]) -> Slices:
+    def _new_slices(self, seen: Sequence[Seen], after: Slices | None = None) -> Slices:
         confidences, weights = [one.confidence for one in seen], [one.weight for one in seen]
         deferral = self.settings.deferral
         expected = [(one.confidence, self._excess(one, one.confidence), one.weight) for one in seen]
-        return Slices(
+        testable = all(one.weight == 1.0 and one.score in (0.0, 1.0) for one in seen)
+        if after is not None:
+            testable = after.exact_share > 0.0
+        slices = Slices(
             grid(confidences, self.settings.min_coverage, weights=weights) if deferral else [0.0],
             self.settings.delta,
             confidences,
             weights=weights,
             entry=promising(expected) if deferral and seen else None,
+            max_disagreement=self.settings.max_disagreement if testable else None,
             max_disagreement_overall=self.settings.max_disagreement_overall,
             served=self.settings.bounds_served,
         )
+        if after is not None:
+            slices.test_level = after.test_level
+        return slices
 
     def _numbers(self, pending: Pending, expected: Chance) -> Seen:
         for name in pending.parts:
@@ -609,6 +621,7 @@ class Trust:
             "coverage": round(self.slices.share(k), 4),
             "agreement": _rounded(self.slices.agreement(k)),
             "comparisons": round(self.slices.weight(k), 1),
+            "by": "exact test" if self.slices.is_by_test else "bets",
             "wealth": float(f"{self.slices.peak(k):.4g}"),
             "delta": self.settings.delta,
         }

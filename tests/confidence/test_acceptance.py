@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from apprentice.confidence.acceptance import ENTRIES, Slices, _stake, grid, promising
+from apprentice.confidence.acceptance import ENTRIES, Slices, _part, grid, promising
 from benchmarks.trust import DELTA, measure_lineage, measure_overall, measure_slices, tail_bound
 
 
@@ -117,7 +117,7 @@ def test_a_second_wind():
 
 def test_all_starts_together_put_in_one():
     """However often a slice begins again, the capital it ever puts in adds up to at most 1."""
-    put_in = sum(_stake(winds) for winds in range(5000))
+    put_in = sum(_part(winds) for winds in range(5000))
     assert 0.999 < put_in <= 1.0
 
 
