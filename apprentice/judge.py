@@ -26,6 +26,7 @@ from apprentice.changes import remote_change
 from apprentice.confidence.ceiling import Ceiling, ceiling_of
 from apprentice.confidence.correlation import CHANCE_DRAWS
 from apprentice.confidence.figures import Figures
+from apprentice.confidence.groups import group_of
 from apprentice.confidence.novelty import Vocabulary
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
@@ -239,12 +240,14 @@ class Judge:
         sampling_rate: float,
         served: bool,
         at: float,
+        value: Mapping[str, Any] | None = None,
         store_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """Score one request that both answered, record it, and update the trust in the version that answered.
 
         The evaluator runs first; recording and updating are one short transaction. An evaluator that fails or takes
-        too long leaves the comparison recorded and counted as unscored, and raises `EvaluatorError`. ``store_s`` says
+        too long leaves the comparison recorded and counted as unscored, and raises `EvaluatorError`. ``value`` is the
+        input; where it repeats a recent one, it bets on no certificate again (see ``groups``). ``store_s`` says
         how long the store may take, and is asked when the evaluator is done: what that took is not the store's.
         """
         comparison = ComparisonRecord(
@@ -260,6 +263,7 @@ class Judge:
             probability=probability,
             sampling_rate=sampling_rate,
             served=served,
+            group="" if value is None else group_of(Schema.dumps(value)),
             created_at=at,
         )
         failure: Exception | None = None

@@ -446,6 +446,7 @@ class Router:
                 sampling_rate=request.known.of(local.version).sampling_rate,
                 served=served,
                 at=self._clock(),
+                value=request.value,
                 store_s=request.left_s,
             )
         except Exception as error:  # noqa: BLE001  # see the docstring

@@ -16,7 +16,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
@@ -123,7 +123,7 @@ class Loop:
             self.bad += wrong
             return
         self.compared += 1
-        comparison = self._comparison(wrong, g, rate if accepted else 1.0, rate, served=accepted)
+        comparison = replace(self._comparison(wrong, g, rate if accepted else 1.0, rate, served=accepted), group=group)
         self._note(self.trust.observe(comparison, same, self.draw))
 
     def _comparison(self, wrong: bool, g: float, probability: float, rate: float, *, served: bool) -> Comparison:

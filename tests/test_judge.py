@@ -489,3 +489,16 @@ def test_a_refit_cannot_ask_for_less_than_nothing(tmp_path: Path, carries: float
         with pytest.raises(ValueError, match="at least 0"):
             judge.promote("mood", "mood-v2", [], carries=carries, reason="refit")
         assert store.policy_row("mood").champion == "mood-v1"
+
+
+def test_an_input_that_comes_again_bets_no_second_time(bench: Bench) -> None:
+    """White space and case aside; one whose input is not told bets."""
+    at = bench(tasks=[evaluated_by(moody)])
+    at.promote(held_out=60)
+    judge = at.client.parts.judge
+    for n, text in enumerate([*(f"text {n}" for n in range(20)), "Text  3"]):
+        compare(judge, at.client.settings, n, value={"text": text})
+    compare(judge, at.client.settings, 21)
+    state = json.loads(at.store.policy_row("mood").trust)
+    bets, first_bets = (sum(state[name]["weights"]) for name in ("slices", "firsts"))
+    assert (bets, first_bets) == (82.0, 81.0)

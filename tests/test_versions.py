@@ -33,7 +33,7 @@ def wrong(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def requests(at: Workbench, count: int) -> int:
     """So many requests of all kinds; how many were answered wrongly."""
-    texts = ["a " + LABELS[i % 3] for i in range(count)]
+    texts = [f"a {LABELS[i % 3]}, number {i}" for i in range(count)]
     return sum(at.run(text) != truth({"text": text}) for text in texts)
 
 

@@ -237,7 +237,7 @@ class Slices:
         """The wealth that certifies each slice, given what is certified already; infinite where no share has come."""
         held = self.entry_shares()
         last = len(held) - 1
-        done = [self._is_tested(k) for k in range(len(held))]
+        done = [self.is_tested(k) for k in range(len(held))]
         for k in range(last):
             if done[k]:  # its share goes to the next one that is not certified
                 onward = next((j for j in range(k + 1, last + 1) if not done[j]), None)
@@ -281,7 +281,7 @@ class Slices:
         proved = [True] * len(self.thresholds)
         if self.served:
             needed = self.needed()
-            proved = [peak >= needed[k] or self._is_tested(k) for k, peak in enumerate(self.peaks)]
+            proved = [peak >= needed[k] or self.is_tested(k) for k, peak in enumerate(self.peaks)]
         if self.overall is not None:
             last = -1 if self.overall.certified is None else self.overall.certified
             proved = [certain and k <= last for k, certain in enumerate(proved)]
@@ -324,14 +324,9 @@ class Slices:
             self.tested = (first, k)
         return self.tested is not None
 
-    def _is_tested(self, k: int) -> bool:
+    def is_tested(self, k: int) -> bool:
         """Whether the exact test certified slice ``k``."""
         return self.tested is not None and self.tested[0] <= k <= self.tested[1]
-
-    @property
-    def is_by_test(self) -> bool:
-        """Whether what is certified is so by the exact test, and not by bets."""
-        return self.certified is not None and self._is_tested(self.certified)
 
     def _stake(self, winds: int) -> float:
         """What a slice puts in at its first start, or at a later one.

@@ -33,14 +33,16 @@ import json
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from apprentice.confidence.acceptance import Slices, grid, promising
+from apprentice.confidence.acceptance import Slice, Slices, grid, promising
 from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
 from apprentice.confidence.drift import Guard
 from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
 from apprentice.confidence.forecast import Widening, widenings, worthwhile
+from apprentice.confidence.groups import Groups
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Limits, Turn, least_rate, steer
 from apprentice.confidence.trust_events import Event, EventKind
@@ -89,6 +91,9 @@ class Trust:
     def _reset(self) -> None:
         """Forget everything about the champion."""
         self.slices: Slices | None = None
+        # The bets on the first comparison of each group; None while that is all of them.
+        self.firsts: Slices | None = None
+        self.groups = Groups()
         self.guard: Guard | None = None
         self.guard_weight = 0.0
         self.limits = Limits(self.settings.arl)
@@ -137,6 +142,8 @@ class Trust:
                 "alarmed": self.alarmed,
                 "training_due": self.training_due,
                 "slices": None if self.slices is None else self.slices.dump(),
+                "firsts": None if self.firsts is None else self.firsts.dump(),
+                "groups": self.groups.dump(),
                 "guard": None if self.guard is None else self.guard.dump(),
                 "guard_weight": self.guard_weight,
                 "limits": self.limits.dump(),
@@ -192,6 +199,9 @@ class Trust:
         trust.accepted, trust.unverified = float(data["served_count"]), data.get("unverified", 0.0)
         trust.requests = data.get("requests", trust.comparisons)
         trust.slices = None if data["slices"] is None else Slices.load(data["slices"])
+        # States from before there were groups have none.
+        trust.firsts = None if data.get("firsts") is None else Slices.load(data["firsts"])
+        trust.groups = Groups.load(data.get("groups"))
         trust.guard = None if data["guard"] is None else Guard.load(data["guard"], settings.arl)
         # States from before there were limits have none.
         trust.limits = Limits.load(data.get("limits"), settings.arl)
@@ -221,7 +231,7 @@ class Trust:
         self.coaching = self.alarmed = False
         self.limits = Limits(self.settings.arl)
         if self.slices is not None:
-            self.slices = self._new_slices(self.history)
+            self.slices, self.firsts = self._new_slices(self.history), None
         self._rebuild_window()
 
     # -- what changes it -------------------------------------------------------------------------------------------
@@ -270,8 +280,7 @@ class Trust:
         if comparison.served and self.phase is Phase.SERVE:
             events += self._check(seen, comparison.probability)
         self._count(seen)
-        x = self._excess(seen, seen.score)
-        self.slices.add(seen.confidence, seen.score, x, seen.weight)
+        self._stake(seen, first=self.groups.first(comparison.group))
         return events + self._settle()
 
     def _check_basis(self, pending: Pending, weighed: Weighed) -> None:
@@ -321,8 +330,9 @@ class Trust:
             self._remember(pending, draw)
         events = [Event(EventKind.PROMOTED, {"seed": seed.count, "attempts": attempts})]
         opened = self._open(seed.opening) if seed.opening else []
-        if attempts > 1 and self.slices is not None:
-            self.slices.hedge(1.0 / attempts)
+        if attempts > 1:
+            for slices in self._tests:
+                slices.hedge(1.0 / attempts)
         certified = self._certify()
         if before is Phase.SERVE and certified:
             # It goes on serving; the two moves that lie between are nobody's news.
@@ -374,14 +384,14 @@ class Trust:
         as_much = sum(one.weight for one in seen) >= known
         if self.phase is not Phase.SERVE:
             if as_much:
-                self.slices, self.pending = asked, []
+                self.slices, self.firsts, self.pending = asked, None, []
             return self._certify()
         certified = asked.threshold
         if certified is None or self.threshold is None:
             return []
         if certified > self.threshold and (not as_much or self._holds(seen, self.threshold)):
             return []
-        before, self.slices = self.threshold, asked
+        before, self.slices, self.firsts = self.threshold, asked, None
         return self._widen() if certified != before else []
 
     def _holds(self, seen: Sequence[Seen], threshold: float) -> bool:
@@ -468,9 +478,13 @@ class Trust:
         self.pending = []
         seen: list[Seen] = []
         why = None
+        repeats: list[Seen] = []
         for pending, expected in opening:
+            first = self.groups.first(pending.group)
             if isinstance(expected, Chance):
                 seen.append(self._numbers(pending, expected))
+                if not first:
+                    repeats.append(seen[-1])
             else:
                 self.unscored += 1
                 why = expected
@@ -479,16 +493,48 @@ class Trust:
         for one in seen:
             self._count(one)
         self.slices = self._bet(seen)
+        if repeats:
+            self.firsts = self._bet(seen, without=repeats)
         return events
 
-    def _bet(self, seen: Sequence[Seen], after: Slices | None = None) -> Slices:
-        """Slices of the traffic that these are a sample of, after all of them have bet.
+    def _bet(self, seen: Sequence[Seen], *, without: Sequence[Seen] = (), after: Slices | None = None) -> Slices:
+        """Slices of the traffic that these are a sample of, after all of them but ``without`` have bet.
 
         ``after`` are those of a predecessor that they are to replace: one error holds for both.
         """
         slices = self._new_slices(seen, after)
-        slices.replay((one.confidence, one.score, self._excess(one, one.score), one.weight) for one in seen)
+        idle = {id(one) for one in without}
+        slices.replay(
+            (one.confidence, one.score, self._excess(one, one.score), one.weight) for one in seen if id(one) not in idle
+        )
         return slices
+
+    def _stake(self, seen: Seen, *, first: bool) -> None:
+        """Let one comparison bet, where it is the ``first`` of its group on both accounts."""
+        assert self.slices is not None
+        if not first and self.firsts is None:
+            self.firsts = Slices.load(self.slices.dump())
+        x = self._excess(seen, seen.score)
+        for slices in self._tests if first else (self.slices,):
+            slices.add(seen.confidence, seen.score, x, seen.weight)
+
+    @property
+    def _tests(self) -> list[Slices]:
+        """All that a certificate needs the word of; of one grid."""
+        return [slices for slices in (self.slices, self.firsts) if slices is not None]
+
+    @property
+    def _certified(self) -> int | None:
+        """The number of the largest slice that is certified by every test."""
+        certified = [slices.certified for slices in self._tests]
+        proved = [k for k in certified if k is not None]
+        return min(proved) if proved and len(proved) == len(certified) else None
+
+    def _restart(self) -> None:
+        """Forget all evidence for slices."""
+        if self.slices is not None:
+            self.slices.restart()
+        self.firsts = None
 
     def _new_slices(self, seen: Sequence[Seen], after: Slices | None = None) -> Slices:
         confidences, weights = [one.confidence for one in seen], [one.weight for one in seen]
@@ -577,8 +623,7 @@ class Trust:
             "agreement_after": round(change.after, 4),
             "mean_checks_to_false_alarm": self.settings.arl,
         }
-        if self.slices is not None:
-            self.slices.restart()
+        self._restart()
         self.rate = 1.0
         self._rebuild_window(last=max(1, change.began - 1))
         return [Event(EventKind(change.kind.value), evidence)]
@@ -592,9 +637,10 @@ class Trust:
 
     def _certify(self) -> list[Event]:
         """Serve what is certified."""
-        certified = None if self.slices is None else self.slices.threshold
-        if certified is None:
+        k = self._certified
+        if self.slices is None or k is None:
             return []
+        certified = self.slices.thresholds[k]
         if self.phase is Phase.SHADOW:
             self.phase = Phase.SERVE
             events = self._widen()
@@ -606,7 +652,7 @@ class Trust:
     def _widen(self) -> list[Event]:
         """Serve the largest certified slice."""
         assert self.slices is not None
-        k = self.slices.certified
+        k = self._certified
         assert k is not None
         was_alarmed = self.alarmed
         self.threshold = self.slices.thresholds[k]
@@ -621,8 +667,8 @@ class Trust:
             "coverage": round(self.slices.share(k), 4),
             "agreement": _rounded(self.slices.agreement(k)),
             "comparisons": round(self.slices.weight(k), 1),
-            "by": "exact test" if self.slices.is_by_test else "bets",
-            "wealth": float(f"{self.slices.peak(k):.4g}"),
+            "by": "exact test" if any(slices.is_tested(k) for slices in self._tests) else "bets",
+            "wealth": float(f"{min(slices.peak(k) for slices in self._tests):.4g}"),
             "delta": self.settings.delta,
         }
         events = [Event(EventKind.CERTIFIED, evidence)]
@@ -696,9 +742,9 @@ class Trust:
 
     def _raise_guard(self) -> None:
         """Look again at each doubling of the evidence, and only ever raise the bar."""
-        if self.guard is None or self.alarmed or self.slices is None or self.slices.certified is None:
+        k = self._certified
+        if self.guard is None or self.alarmed or self.slices is None or k is None:
             return
-        k = self.slices.certified
         if self.slices.weight(k) >= 2.0 * max(self.guard_weight, 50.0):
             level = self.guard.detector.level
             self._set_guard(k)
@@ -712,8 +758,7 @@ class Trust:
         self.phase, self.threshold, self.rate = move.after, None, 1.0
         self.guard, self.coaching, self.alarmed = None, False, False
         self.limits = Limits(self.settings.arl)
-        if self.slices is not None:
-            self.slices.restart()
+        self._restart()
         self._rebuild_window()
         return [_phase(move.before, move.after, signal, evidence)]
 
@@ -743,7 +788,7 @@ class Trust:
         room = settings.max_disagreement
         if room is None:
             room = (1.0 - settings.graduate) * self._base()
-        return widenings(self.slices, rate=rate, served=served, room=room, spread=_spread(self.history))
+        return widenings(self._tests[-1], rate=rate, served=served, room=room, spread=_spread(self.history))
 
     def forecast(self) -> Widening | None:
         """See `Figures.forecast`."""
@@ -774,13 +819,24 @@ class Trust:
             window_served=self._scope([(seen, 1.0) for seen in self.window.rows]),
             since_all=scope(self.since_all),
             since_served=scope(self.since_served),
-            slices=[] if self.slices is None else self.slices.curve(),
+            slices=self._curve(),
             coaching=self.coaching,
             alarmed=self.alarmed,
             training_due=self.training_due,
             promises=self._promises(),
             forecast=self.forecast(),
         )
+
+    def _curve(self) -> list[Slice]:
+        """Every slice with the figures of all comparisons, and the wealth of the test that is farther behind."""
+        if self.slices is None or self.firsts is None:
+            return [] if self.slices is None else self.slices.curve()
+        return [
+            replace(one, wealth=other.wealth, needed=other.needed, certified=one.certified and other.certified)
+            if other.wealth * one.needed < one.wealth * other.needed
+            else replace(one, certified=one.certified and other.certified)
+            for one, other in zip(self.slices.curve(), self.firsts.curve(), strict=True)
+        ]
 
     def _promises(self) -> list[Promise]:
         """What is promised of the answers, and how it turned out since the promotion."""

@@ -27,6 +27,7 @@ class Comparison:
     deferred request, the sampling rate for one above the threshold. ``sampling_rate`` is the rate at that moment.
     ``served``: the local answer was above the threshold in phase 3, so without the spot check it would have been
     returned. ``score`` is None where the evaluator failed; the comparison is then counted and bets on nothing.
+    ``group`` is that of the input (see ``groups``), "" where it is not known to repeat any.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Comparison:
     sampling_rate: float = 1.0
     served: bool = False
     seeded: bool = False
+    group: str = ""
 
 
 class Pending(NamedTuple):
@@ -50,6 +52,7 @@ class Pending(NamedTuple):
     parts: dict[str, float]
     local: Any
     remote: Any
+    group: str = ""
 
 
 class Chance(NamedTuple):
@@ -155,7 +158,7 @@ def _admitted(comparison: Comparison, evaluate: Evaluator) -> Pending | None:
     if comparison.probability > 0.0:
         weight = min(1.0, max(0.0, comparison.sampling_rate / comparison.probability))
     # Not rounded: a threshold is one of these confidences, and real answers are held against it digit for digit.
-    return Pending(comparison.confidence, score, weight, dict(comparison.parts), local, remote)
+    return Pending(comparison.confidence, score, weight, dict(comparison.parts), local, remote, comparison.group)
 
 
 def _among(

@@ -55,7 +55,7 @@ def test_it_certifies_at_its_own_level_what_bets_do_not() -> None:
     slices = everything(18, 299)
     assert slices.certified is None
     compare(slices, 0, 1)
-    assert slices.is_by_test
+    assert slices.tested == (0, 0)
     assert everything(18, 300, tests=False).certified is None
     assert everything(20, 300).certified is None
 
@@ -79,7 +79,7 @@ def test_weights_and_graded_scores_are_for_bets(weight: float, score: float) -> 
 
 def test_a_tenth_attempt_is_tested_at_a_tenth() -> None:
     seed = everything(18, 300)
-    assert seed.is_by_test
+    assert seed.tested == (0, 0)
     assert exact.p_value(18, 300, LIMIT) > DELTA * exact.SHARE / 10
     seed.hedge(0.1)
     assert seed.certified is None
@@ -100,7 +100,6 @@ def test_a_slice_that_was_tested_hands_its_share_on() -> None:
     assert slices.needed()[1] == pytest.approx(1.0 / DELTA)
     again = Slices.load(json.loads(json.dumps(slices.dump())))
     assert again.tested == (0, 0)
-    assert again.is_by_test
     assert again.curve()[0].certified
     slices.restart()
     assert slices.certified is None
