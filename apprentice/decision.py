@@ -71,7 +71,7 @@ def decide(policy: Policy, headroom: Headroom, draw: float) -> Plan:
     """The plan for one request; ``draw`` is uniform in [0, 1) and independent of the request.
 
     The spot check is drawn before the local model is asked and regardless of what it will answer. That
-    independence is what the estimates of section 6 rest on.
+    independence is what every estimate rests on (docs/trust.md, "How often it is checked").
     """
     local = policy.version is not None and policy.phase is not Phase.COLLECT and headroom.local_healthy
     # Nothing can be paid for without the store, which keeps the caps.

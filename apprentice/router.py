@@ -1,4 +1,4 @@
-"""The path of a request (DESIGN section 4), from the input to the answer, in the caller's thread.
+"""The path of a request, from the input to the answer, in the caller's thread (docs/architecture.md, "A request").
 
 `Router.run` asks the store for the task's policy, lets `decide` make the plan, carries it out, returns the remote's
 answer whenever there is one and the local model's otherwise, and records what it learned: an example for every remote
@@ -526,7 +526,7 @@ class _Beside[T]:
 
 
 def _final_error(task: str, remote: Exception, local: Exception | None) -> ApprenticeError:
-    """What the caller gets when nobody answered (the table in DESIGN section 4)."""
+    """What the caller gets when nobody answered (docs/application.md, "When something fails")."""
     if isinstance(remote, BudgetExceeded):
         return remote.beside(local)
     if isinstance(remote, RemoteRefused | OutputError):

@@ -136,7 +136,7 @@ class Verdict:
 
 
 def decide(evidence: Evidence, *, coaching_trigger: float, margin: float) -> Verdict:
-    """Hold a candidate to every condition of DESIGN section 5."""
+    """Hold a candidate to every condition of docs/training.md, "validate and promote"."""
     if evidence.answered == 0:
         return Verdict(False, "there are no held-out examples to judge by")
     validity = evidence.valid / evidence.answered

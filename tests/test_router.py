@@ -1,4 +1,4 @@
-"""The path of a request, phase by phase and failure by failure (DESIGN section 4)."""
+"""The path of a request, phase by phase and failure by failure (docs/architecture.md, "A request")."""
 
 from __future__ import annotations
 

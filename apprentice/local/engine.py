@@ -47,9 +47,9 @@ class Version:
 class LocalAnswer:
     """An answer of the local model. ``output`` fits the schema; else the engine raises `OutputError`.
 
-    ``confidence`` is g of DESIGN section 6, in [0, 1]: the probability of the values' tokens, the weakest field
-    counting; ``field_confidence`` has it by field. ``cost`` is what a vendor bills for it, in USD and in the ledger
-    already; None where nobody sends a bill.
+    ``confidence`` is g, in [0, 1]: the probability of the values' tokens, the weakest field counting
+    (docs/engines.md, "Confidence"); ``field_confidence`` has it by field. ``cost`` is what a vendor bills for it, in
+    USD and in the ledger already; None where nobody sends a bill.
 
     ``distributions`` hold, by top-level field of finitely many values, the probability of every allowed value by its
     JSON text, as far as the engine knows them; None if it only knows what it chose.

@@ -1,7 +1,7 @@
 """GGUF: reading a base model's header, writing a PEFT adapter as a LoRA, and merging one into its base.
 
-llama.cpp aborts on a file that it cannot digest, and says little; so a file is checked here first. Format: ggml's
-docs/gguf.md.
+llama.cpp aborts on a file that it cannot digest, and says little; so a file is checked here first. Format: the page
+gguf.md of ggml's documentation.
 """
 
 from __future__ import annotations
