@@ -7,7 +7,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all lint format bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,5 +44,8 @@ test-all: lint ## everything, slow tests included
 bench: setup ## print the benchmarks' figures beside what they are compared with; DATA=FOLDER of recorded answers adds the engines
 	$(RUN) python -m benchmarks $(if $(DATA),--data $(DATA))
 
+docs: $(if $(shell command -v uv),,.uv/bin/uv) ## build the documentation into site/, in an environment of its own; any warning stops it
+	NO_MKDOCS_2_WARNING=1 $(UV) run --isolated --frozen --only-group docs mkdocs build --strict --quiet
+
 clean: ## remove what the demo and the tests left; the environment stays
-	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist site

@@ -198,8 +198,8 @@ class _Pools:
 class AsyncApprentice(_Base):
     """The asynchronous client: the same calls, awaited. It belongs to no event loop: any may use it, one after another.
 
-    async with AsyncApprentice.from_config("apprentice.yaml") as apprentice:
-        result = await apprentice.run("classify_ticket", {"text": "Where is my parcel?"})
+        async with AsyncApprentice.from_config("apprentice.yaml") as apprentice:
+            result = await apprentice.run("classify_ticket", {"text": "Where is my parcel?"})
 
     Every task has threads of its own, so that one that waits for a slow model or vendor does not hold up the others. A
     request whose caller is cancelled is seen to its end all the same: it may have been paid for.

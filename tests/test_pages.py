@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("apprentice", "benchmarks", "deploy", "docs", "examples", "flows", "mlflow", "serving", "tests")
@@ -133,3 +136,58 @@ def test_nothing_cites_a_document_that_is_not_in_the_repository() -> None:
     files = [*PAGES, *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]
     citing = [called(file) for file in files if re.search(rf"\b{word}\b", file.read_text(encoding="utf-8"))]
     assert [name for name in citing if name != called(Path(__file__))] == []
+
+
+def site() -> dict[str, Any]:
+    """mkdocs.yml, an environment variable in it read as its default."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!ENV", lambda loader, node: loader.construct_sequence(node)[-1])
+    settings: dict[str, Any] = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    return settings
+
+
+def test_the_site_shows_every_page() -> None:
+    """Whatever lies in docs/ is in the navigation, once."""
+
+    def pages(of: list[Any]) -> Iterator[str]:
+        for one in of:
+            below = next(iter(one.values())) if isinstance(one, dict) else one
+            yield from [below] if isinstance(below, str) else pages(below)
+
+    docs = ROOT / "docs"
+    assert sorted(pages(site()["nav"])) == sorted(str(page.relative_to(docs)) for page in docs.rglob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("link", "known", "unknown"),
+    [
+        ("[why](trust.md#whose-trust)", "[why](trust.md#whose-trust)", "[why](trust.md#whose-trust)"),
+        ("[it](../apprentice/router.py)", "[it](https://git.example/a/b/blob/HEAD/apprentice/router.py)", "it"),
+        ("![a picture](../apprentice/x.png)", "![a picture](../apprentice/x.png)", "![a picture](../apprentice/x.png)"),
+    ],
+)
+def test_on_the_site_links_to_code_lead_to_the_repository(link: str, known: str, unknown: str) -> None:
+    """If its address is known; else their text stays. What lies in docs/ is linked as it stands."""
+    hook = load_hook()
+    assert hook.rewritten(link, "trust.md", "https://git.example/a/b/") == known
+    assert hook.rewritten(link, "trust.md", "") == unknown
+
+
+def test_a_page_in_a_folder_of_docs_reaches_the_rest_of_docs_and_the_repository() -> None:
+    """Links are read from where the page lies."""
+    link = "[a](../trust.md) [b](../../LICENSE)"
+    written = load_hook().rewritten(link, "decisions/0001.md", "https://git.example/a/b")
+    assert written == "[a](../trust.md) [b](https://git.example/a/b/blob/HEAD/LICENSE)"
+
+
+def load_hook() -> Any:
+    (place,) = site()["hooks"]
+    spec = importlib.util.spec_from_file_location("links", ROOT / place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
