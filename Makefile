@@ -6,8 +6,12 @@ SHELL := /bin/bash
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 RUN := $(UV) run --frozen --no-sync
+UV_THERE := $(if $(shell command -v uv),,.uv/bin/uv)
+# What must pass with no extra installed, and with the oldest dependencies that pyproject.toml allows.
+BASE_TESTS := tests/confidence tests/decision tests/remote tests/test_asking_again.py tests/test_budget.py tests/test_client.py \
+	tests/test_config.py tests/test_import.py tests/test_json_values.py tests/test_router.py tests/test_schema.py
 
-.PHONY: help setup demo test test-all lint format bench docs clean
+.PHONY: help setup demo test test-all test-base test-oldest test-postgres lint format bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,7 +22,7 @@ setup: .venv/.ready ## install uv (if missing) and every dependency into .venv
 	python3 -m venv .uv
 	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
-.venv/.ready: pyproject.toml uv.lock .python-version $(if $(shell command -v uv),,.uv/bin/uv)
+.venv/.ready: pyproject.toml uv.lock .python-version $(UV_THERE)
 	$(UV) sync --frozen --extra all --group dev --group bench
 	@touch $@
 
@@ -41,10 +45,23 @@ test: lint ## lint, types, import contracts and every test but the slow ones
 test-all: lint ## everything, slow tests included
 	$(RUN) pytest -m ""
 
+test-base: $(UV_THERE) ## what needs no extra, in an environment without any
+	$(UV) run --isolated --frozen pytest $(BASE_TESTS)
+
+test-oldest: $(UV_THERE) ## the same with the oldest dependencies that pyproject.toml allows
+	mkdir -p .cache
+	$(UV) pip compile --quiet --python-version 3.12 --resolution lowest-direct pyproject.toml --output-file .cache/oldest.txt
+	$(UV) venv --quiet --clear --python 3.12 .cache/oldest
+	$(UV) pip install --quiet --python .cache/oldest --requirements .cache/oldest.txt --group dev --editable .
+	.cache/oldest/bin/pytest $(BASE_TESTS)
+
+test-postgres: setup ## every test that uses PostgreSQL, on the server at TEST_POSTGRES_URL if it is set, else on one of its own
+	$(RUN) pytest tests/store tests/events tests/examples
+
 bench: setup ## print the benchmarks' figures beside what they are compared with; DATA=FOLDER of recorded answers adds the engines
 	$(RUN) python -m benchmarks $(if $(DATA),--data $(DATA))
 
-docs: $(if $(shell command -v uv),,.uv/bin/uv) ## build the documentation into site/, in an environment of its own; any warning stops it
+docs: $(UV_THERE) ## build the documentation into site/, in an environment of its own; any warning stops it
 	NO_MKDOCS_2_WARNING=1 $(UV) run --isolated --frozen --only-group docs mkdocs build --strict --quiet
 
 clean: ## remove what the demo and the tests left; the environment stays

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from apprentice.store import Store
 
@@ -18,7 +19,10 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
-    """The URL of a fresh server's maintenance database."""
+    """The URL of a server's maintenance database: TEST_POSTGRES_URL if it is set, else a fresh server's."""
+    if given := os.environ.get("TEST_POSTGRES_URL"):
+        yield given
+        return
     # A short path: PostgreSQL's socket lies in it, and sockets' paths are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
     before = os.environ.get("XDG_RUNTIME_DIR")
@@ -49,7 +53,7 @@ def new_postgres(postgres_server: str) -> Callable[[], str]:
         name = f"t{os.getpid()}_{next(_numbers)}"
         with psycopg.connect(postgres_server, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
-        return postgres_server.replace("/postgres?", f"/{name}?")
+        return make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
 
     return make
 
