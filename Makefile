@@ -8,8 +8,7 @@ PYTHON := .venv/bin/python
 RUN := $(UV) run --frozen --no-sync
 UV_THERE := $(if $(shell command -v uv),,.uv/bin/uv)
 # What must pass with no extra installed, and with the oldest dependencies that pyproject.toml allows.
-BASE_TESTS := tests/confidence tests/decision tests/remote tests/test_asking_again.py tests/test_budget.py tests/test_client.py \
-	tests/test_config.py tests/test_import.py tests/test_json_values.py tests/test_router.py tests/test_schema.py
+BASE_TESTS := $(addprefix tests/,confidence money remote request schemas settings) tests/test_client.py tests/test_import.py
 
 .PHONY: help setup demo test test-all test-base test-oldest test-postgres lint format bench docs clean
 

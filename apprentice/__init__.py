@@ -3,7 +3,6 @@
 from typing import Any
 
 from apprentice.client import Apprentice, AsyncApprentice
-from apprentice.config import Settings, load_settings
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
@@ -27,6 +26,7 @@ from apprentice.errors import (
     VersionError,
 )
 from apprentice.result import Result, TaskStatus
+from apprentice.settings.config import Settings, load_settings
 
 __all__ = [
     "Apprentice",

@@ -9,21 +9,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from apprentice.asking_again import AskingAgain
-from apprentice.backlog import Backlog
-from apprentice.budget import Budget
-from apprentice.config import Settings
 from apprentice.errors import VersionError
 from apprentice.events.emitter import Events
-from apprentice.judge import Judge
+from apprentice.lifecycle.unattended import Unattended
 from apprentice.local import build_engine
 from apprentice.local.switch import Switch
+from apprentice.money.budget import Budget
 from apprentice.remote import Teacher
-from apprentice.router import Router
+from apprentice.remote.transport import Sender
+from apprentice.request.asking_again import AskingAgain
+from apprentice.request.backlog import Backlog
+from apprentice.request.judge import Judge
+from apprentice.request.router import Router
+from apprentice.request.tally import Tally
+from apprentice.settings.config import Settings
 from apprentice.store import Store
-from apprentice.tally import Tally
-from apprentice.transport import Sender
-from apprentice.unattended import Unattended
 
 if TYPE_CHECKING:
     import httpx

@@ -99,8 +99,8 @@ def check(config: Path) -> None:
 
     Nothing is written, and no vendor is asked. Exits with 1 if there is a problem; what could not be tried is none.
     """
-    from apprentice.check import findings
-    from apprentice.config import load_settings
+    from apprentice.operate.check import findings
+    from apprentice.settings.config import load_settings
 
     settings = load_settings(config)
     problems = 0
@@ -119,7 +119,7 @@ def schema() -> None:
     """Print the JSON Schema of apprentice.yaml, for an editor to complete and check it."""
     import json
 
-    from apprentice.settings_schema import settings_schema
+    from apprentice.settings.settings_schema import settings_schema
 
     click.echo(json.dumps(settings_schema(), indent=2, ensure_ascii=False))
 
@@ -129,7 +129,7 @@ def schema() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def status(config: Path, as_json: bool) -> None:
     """Show each task's phase, trust, sampling and money."""
-    from apprentice.status import run_command
+    from apprentice.operate.status import run_command
 
     run_command(config, as_json=as_json)
 
@@ -142,8 +142,8 @@ def status(config: Path, as_json: bool) -> None:
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a picture.")
 def report(config: Path, since: str | None, as_json: bool, as_csv: bool, html: Path | None) -> None:
     """Show what was spent and saved, by task, provider, model and day."""
-    from apprentice.config import load_settings
-    from apprentice.report import run_command
+    from apprentice.operate.report import run_command
+    from apprentice.settings.config import load_settings
 
     run_command(load_settings(config), since=since, as_json=as_json, as_csv=as_csv, html_path=html)
 
@@ -153,8 +153,8 @@ def report(config: Path, since: str | None, as_json: bool, as_csv: bool, html: P
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def budget(config: Path, as_json: bool) -> None:
     """Show the caps, what is spent of them, and which calls hold the rest."""
-    from apprentice.config import load_settings
-    from apprentice.reservations import run_budget
+    from apprentice.operate.reservations import run_budget
+    from apprentice.settings.config import load_settings
 
     run_budget(load_settings(config), as_json=as_json)
 
@@ -165,8 +165,8 @@ def budget(config: Path, as_json: bool) -> None:
 @config_option
 def release(call: int, reason: str, config: Path) -> None:
     """Give back what a CALL holds that its dead process can no longer end; `apprentice budget` has its number."""
-    from apprentice.config import load_settings
-    from apprentice.reservations import run_release
+    from apprentice.operate.reservations import run_release
+    from apprentice.settings.config import load_settings
 
     run_release(load_settings(config), call, reason)
 
@@ -182,12 +182,12 @@ def simulate(
     scenario: Path, out: Path | None, json_out: Path | None, seed: int | None, task: str | None, config: Path
 ) -> None:
     """Try thresholds against a simulated remote and local model."""
-    from apprentice.simulate import run_command
+    from apprentice.simulation.simulate import run_command
 
     trust = None
     if task is not None:
-        from apprentice.config import load_settings
-        from apprentice.judge import trust_settings
+        from apprentice.request.judge import trust_settings
+        from apprentice.settings.config import load_settings
 
         settings = load_settings(config)
         if task not in (names := [one.name for one in settings.tasks]):

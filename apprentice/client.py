@@ -1,7 +1,7 @@
 """Apprentice and AsyncApprentice: one call, `run(task, input) -> Result`.
 
-Both walk the router's one path (apprentice/router.py): the one in the caller's thread, the other in a thread that the
-caller's event loop waits for.
+Both walk the router's one path (apprentice/request/router.py): the one in the caller's thread, the other in a thread
+that the caller's event loop waits for.
 
 Either may be made before a fork (gunicorn --preload): threads, sockets and locks do not survive one, so a child opens
 parts of its own at its first call and leaves the parent's alone. Either may be dropped without `close`: what is in
@@ -24,16 +24,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from apprentice import secrets
-from apprentice.config import Settings, load_settings
 from apprentice.errors import ClientClosed
 from apprentice.result import Result, TaskStatus
+from apprentice.settings.config import Settings, load_settings
 
 if TYPE_CHECKING:
     import httpx
 
     from apprentice.assembly import Assembly
     from apprentice.local.engine import Engine
-    from apprentice.router import Health
+    from apprentice.request.router import Health
 
 __all__ = ["Apprentice", "AsyncApprentice"]
 
@@ -119,7 +119,7 @@ class _Base:
         return self._parts.settings
 
     def _status(self) -> dict[str, TaskStatus]:
-        from apprentice.status import task_statuses
+        from apprentice.operate.status import task_statuses
 
         parts = self.parts
         with parts.router.call():

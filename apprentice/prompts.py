@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from apprentice.json_values import compact_json
-from apprentice.schema import Schema
+from apprentice.schemas.json_values import compact_json
+from apprentice.schemas.schema import Schema
 
 __all__ = ["compact_prompt", "remote_system", "remote_user"]
 

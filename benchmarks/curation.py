@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from apprentice.config import Settings
+from apprentice.settings.config import Settings
 from apprentice.store.records import ExampleRecord
 from flows.curation import curate_examples
 

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from apprentice.config import TrainingSettings
 from apprentice.local.adapter import content_name
 from apprentice.local.base_model import SMOLLM2, load_model_and_tokenizer, resolve_base_model
 from apprentice.local.embedded import EmbeddedEngine
@@ -29,7 +28,8 @@ from apprentice.local.frame import Frame
 from apprentice.local.llama_cpp import LlamaCppEngine
 from apprentice.local.skeleton import Skeleton
 from apprentice.prompts import compact_prompt
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
+from apprentice.settings.config import TrainingSettings
 
 EMOTIONS = "joy | fear | anger | sadness | disgust | shame | guilt"
 REMOTE = "gpt-3.5-turbo-1106"

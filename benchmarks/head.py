@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from apprentice.schema import Schema, parse_schema
+from apprentice.schemas.schema import Schema, parse_schema
 from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import DEFAULT, load_encoder
 from apprentice.student.features import Plan

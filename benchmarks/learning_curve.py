@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from apprentice.config import LocalSettings, TaskSettings, TrainingSettings, load_settings
 from apprentice.local import build_engine
 from apprentice.local.engine import LocalAnswer, Version
+from apprentice.settings.config import LocalSettings, TaskSettings, TrainingSettings, load_settings
 from flows.trainers import TrainingJob
 from flows.trainers.peft import PeftTrainer
 

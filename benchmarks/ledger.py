@@ -30,13 +30,13 @@ from functools import partial
 
 import httpx
 
-from apprentice.budget import Budget
-from apprentice.config import BudgetSettings, RemoteSettings, TaskSettings
 from apprentice.errors import BudgetExceeded
+from apprentice.money.budget import Budget
 from apprentice.remote import Teacher
+from apprentice.remote.transport import Sender
+from apprentice.settings.config import BudgetSettings, RemoteSettings, TaskSettings
 from apprentice.store import ExampleRecord, Settlement, Store, Usage
 from apprentice.testing import FakeVendor
-from apprentice.transport import Sender
 
 CAP, PRICE, WORST = Decimal("5.00"), Decimal("0.01"), Decimal("0.02")
 

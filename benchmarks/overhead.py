@@ -31,12 +31,12 @@ from typing import Any
 import httpx
 
 from apprentice import Apprentice
-from apprentice.budget import Budget
-from apprentice.config import Settings
+from apprentice.money.budget import Budget
 from apprentice.remote import Teacher
+from apprentice.remote.transport import Sender
+from apprentice.settings.config import Settings
 from apprentice.store import ComparisonRecord, ExampleRecord, Store, VersionRecord
 from apprentice.testing import FakeEngine
-from apprentice.transport import Sender
 
 KEY_ENV = "BENCH_KEY"
 TEXT = "My invoice of March shows the same item twice and nobody answers the phone. " * 4

@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from apprentice.confidence.decision import Headroom, Policy, accepts, decide
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import EventKind
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Comparison, weigh_seed
-from apprentice.config import load_settings
-from apprentice.decision import Headroom, Policy, accepts, decide
 from apprentice.evaluators import ExactMatch
-from apprentice.judge import trust_settings
+from apprentice.request.judge import trust_settings
+from apprentice.settings.config import load_settings
 from apprentice.student.encoder import DEFAULT, load_encoder
 from apprentice.student.fitting import Encodings
 from benchmarks import baseline

@@ -24,10 +24,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from apprentice.config import TrainingSettings, load_settings
 from apprentice.local import build_engine
 from apprentice.local.engine import LocalAnswer, Version
-from apprentice.schema import Schema, compact_json, parse_schema
+from apprentice.schemas.schema import Schema, compact_json, parse_schema
+from apprentice.settings.config import TrainingSettings, load_settings
 from apprentice.student.combiner import Combiner, HeadAnswer
 from apprentice.student.combining import fit_combiner
 from apprentice.student.encoder import DEFAULT, Encoder, load_encoder

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apprentice.config import TrainingSettings
 from apprentice.local.adapter import content_name
 from apprentice.local.base_model import SMOLLM2
 from apprentice.local.engine import Engine, LocalAnswer, Version
 from apprentice.local.probe import choose_probes
 from apprentice.local.switch import Switch
+from apprentice.settings.config import TrainingSettings
 from benchmarks.engines import SCHEMA, Row, answers_of, isear_rows, train_on
 
 TASK = "emotion"

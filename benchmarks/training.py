@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apprentice.config import TrainingSettings, load_settings
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
+from apprentice.settings.config import TrainingSettings, load_settings
 from flows.trainers import Progress, TrainingRow
 from flows.trainers.encoding import TokenRow, encode
 from flows.trainers.recipe import Recipe, choose

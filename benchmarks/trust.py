@@ -24,6 +24,7 @@ from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import Tally, chance
 from apprentice.confidence.drift import Detector
 from apprentice.confidence.forecast import Widening
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Limits, Turn, steer
 from apprentice.confidence.trust import Trust
@@ -32,8 +33,7 @@ from apprentice.confidence.watch import LocalObservation, Watch
 from apprentice.confidence.weighing import Comparison
 from apprentice.confidence.window import Seen, ServedWindow
 from apprentice.evaluators import Evaluation
-from apprentice.phases import Phase
-from apprentice.simulate import LocalModel, Scenario, Training, load_scenario, simulate
+from apprentice.simulation.simulate import LocalModel, Scenario, Training, load_scenario, simulate
 
 DELTA = 0.05
 SCENARIOS = Path(__file__).parent.parent / "examples" / "scenarios"

@@ -18,12 +18,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from apprentice.confidence.phases import Phase, Signal
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Comparison
-from apprentice.phases import Phase, Signal
 from benchmarks.trust import Labels, same
 
 LIMIT = 0.10  # what is promised in the worlds of sections 1 and 7

@@ -1,7 +1,7 @@
 """A hook of MkDocs: links from a page to files outside docs/ lead to the repository, where those files can be read.
 
-On GitHub such a link works as it stands (`../apprentice/router.py`); the site has docs/ only. Without `repo_url` in
-mkdocs.yml the link's text stays and the link goes.
+On GitHub such a link works as it stands (`../apprentice/request/router.py`); the site has docs/ only. Without
+`repo_url` in mkdocs.yml the link's text stays and the link goes.
 """
 
 from __future__ import annotations

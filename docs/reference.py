@@ -11,13 +11,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from apprentice.config import Settings
-from apprentice.settings_schema import summary
+from apprentice.settings.config import Settings
+from apprentice.settings.settings_schema import summary
 
 HEAD = """\
 # apprentice.yaml
 
-Every key, its default and its meaning. This page is written by `docs/reference.py` from `apprentice/config.py`.
+Every key, its default and its meaning. `docs/reference.py` writes this page from `apprentice/settings/config.py`.
 
 `apprentice check` reads a file and reports every mistake at once, each with its line. Then it tries what start-up and
 the first training need: keys and prices, the functions that the file names, the extras, the base model, and whether the

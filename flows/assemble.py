@@ -22,7 +22,7 @@ from prefect import flow
 from apprentice.errors import TrainingError
 from apprentice.local.adapter import adapter_folder, stored_path
 from apprentice.local.engine import LocalAnswer, Version
-from apprentice.schema import compact_json
+from apprentice.schemas.schema import compact_json
 from apprentice.store.records import RunRecord, VersionRecord
 from apprentice.student.combiner import Combined, Combiner, HeadAnswer
 from apprentice.student.combining import fit_combiner

@@ -28,10 +28,10 @@ from prefect.settings import (
 from prefect.states import Cancelled
 
 from apprentice import secrets
-from apprentice.config import Settings
 from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, LeaseLost, MissingExtra, TrainingError
 from apprentice.events.kinds import EventKind
 from apprentice.local.engine import Engine
+from apprentice.settings.config import Settings
 from apprentice.store.records import RunKind, RunRecord, RunState
 from flows.assemble import assemble
 from flows.cancellation import Cancellation, RunCancelled

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from apprentice.cli import config_option
-from apprentice.config import Settings, load_settings
 from apprentice.errors import Problem, TrainingError, UnknownTask
+from apprentice.settings.config import Settings, load_settings
 from apprentice.store.records import PromotedBy
 from apprentice.student.halves import halves_wanted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from apprentice.changes import remote_change
+from apprentice.lifecycle.changes import remote_change
 from apprentice.store.records import RunRecord
 from flows.curation import curate_examples
 from flows.dataset import CuratedDataset, load_dataset

@@ -18,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from apprentice.config import TaskSettings
 from apprentice.errors import TrainingError
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema, SchemaError, compact_json
+from apprentice.schemas.schema import Schema, SchemaError, compact_json
+from apprentice.settings.config import TaskSettings
 from apprentice.store.records import ExampleRecord
 from flows.dataset import Card, CuratedDataset, adopt_dataset, plain
 from flows.duplicates import Duplicates, normalised

@@ -15,9 +15,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
 
-from apprentice.config import load_settings
-from apprentice.due import Due
 from apprentice.errors import TrainingError
+from apprentice.lifecycle.due import Due
+from apprentice.settings.config import load_settings
 from apprentice.store.records import RunKind
 from flows.coach import coach_task
 from flows.dispatch import due_tasks, follow_all, say_watched

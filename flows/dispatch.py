@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 
 from apprentice import secrets
-from apprentice.config import Settings
-from apprentice.due import Due, due_run
 from apprentice.errors import ApprenticeError
+from apprentice.lifecycle.due import Due, due_run
 from apprentice.local.engine import Engine
+from apprentice.settings.config import Settings
 from flows.coach import CoachResult, coach_task
 from flows.lease import Busy, watch_lease, worker
 from flows.observe import observe_all

@@ -8,8 +8,8 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from apprentice import secrets
-from apprentice.phases import Phase
-from apprentice.report import cost_report
+from apprentice.confidence.phases import Phase
+from apprentice.operate.report import cost_report
 from flows.workshop import Workshop, workshop
 
 __all__ = ["observe", "observe_all", "observe_task"]

@@ -11,11 +11,11 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from apprentice.changes import changed_at
 from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import ChosenMeanwhile
 from apprentice.events.kinds import EventKind
-from apprentice.judge import trust_settings
+from apprentice.lifecycle.changes import changed_at
+from apprentice.request.judge import trust_settings
 from apprentice.store.records import (
     ComparisonRecord,
     PromotedBy,

@@ -28,14 +28,21 @@ from apprentice.assembly import Assembly
 from apprentice.cli import config_option
 from apprentice.client import Apprentice
 from apprentice.confidence.figures import Figures
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
-from apprentice.config import LocalSettings, RemoteSettings, Settings, TrackingSettings, load_settings, require_key
-from apprentice.due import Due, due_run
 from apprentice.errors import ConfigError, Problem, UnknownTask
-from apprentice.judge import trust_settings
+from apprentice.lifecycle.due import Due, due_run
 from apprentice.local.engine import Engine
-from apprentice.phases import Phase
-from apprentice.schema import Schema
+from apprentice.request.judge import trust_settings
+from apprentice.schemas.schema import Schema
+from apprentice.settings.config import (
+    LocalSettings,
+    RemoteSettings,
+    Settings,
+    TrackingSettings,
+    load_settings,
+    require_key,
+)
 from apprentice.store import Store
 from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor

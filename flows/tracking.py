@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from apprentice import secrets
-from apprentice.config import Settings
 from apprentice.errors import MissingExtra, TrainingError
+from apprentice.settings.config import Settings
 
 try:
     from mlflow import MlflowClient

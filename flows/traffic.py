@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apprentice.config import Settings
 from apprentice.errors import Problem
-from apprentice.json_values import InvalidValue, NotJson, read_json
 from apprentice.remote.answers import bare_json
-from apprentice.schema import Schema, SchemaError
+from apprentice.schemas.json_values import InvalidValue, NotJson, read_json
+from apprentice.schemas.schema import Schema, SchemaError
+from apprentice.settings.config import Settings
 
 __all__ = ["Recorded", "read_traffic"]
 

@@ -16,8 +16,8 @@ import click
 import httpx
 
 from apprentice import secrets
-from apprentice.config import Settings
 from apprentice.errors import TrainingError
+from apprentice.settings.config import Settings
 from flows.process_group import stop_group
 
 __all__ = ["Member", "members", "run_together"]

@@ -19,11 +19,11 @@ from apprentice import secrets
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, chance
 from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import EvaluatorError, OutputError, Problem, TrainingError, VersionError
-from apprentice.judge import trust_settings
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.probe import choose_probes, read_probes
-from apprentice.schema import Schema, compact_json
+from apprentice.request.judge import trust_settings
+from apprentice.schemas.schema import Schema, compact_json
 from apprentice.store.records import RunRecord
 from apprentice.student.files import holder_of, read_student
 from apprentice.student.halves import halves_of

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apprentice import secrets
-from apprentice.budget import Budget
-from apprentice.config import Settings, TaskSettings, load_settings
 from apprentice.errors import TrainingError
 from apprentice.events.emitter import Events
 from apprentice.events.kinds import EventKind
-from apprentice.judge import Judge
 from apprentice.local.adapter import adapter_folder
 from apprentice.local.engine import Engine
+from apprentice.money.budget import Budget
+from apprentice.request.judge import Judge
+from apprentice.settings.config import Settings, TaskSettings, load_settings
 from apprentice.store import Store
 from apprentice.store.records import RunRecord, VersionRecord
 from flows.lease import HeldLease, held_lease

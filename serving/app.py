@@ -28,7 +28,7 @@ from apprentice import (
     UnknownTask,
     secrets,
 )
-from apprentice.json_values import InvalidValue, NotJson, read_json
+from apprentice.schemas.json_values import InvalidValue, NotJson, read_json
 
 __all__ = ["create_app"]
 

@@ -10,7 +10,7 @@ import click
 from apprentice import AsyncApprentice
 from apprentice.assembly import check_remote
 from apprentice.cli import config_option
-from apprentice.config import load_settings
+from apprentice.settings.config import load_settings
 
 __all__ = ["serve"]
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from apprentice.confidence.figures import Promise
 from apprentice.confidence.forecast import Widening
+from apprentice.operate.status import forecast_words, recent_price, status_page
 from apprentice.result import TaskStatus
-from apprentice.status import forecast_words, recent_price, status_page
 from apprentice.store import SpendRow, Store
 from apprentice.store.records import Usage
 
@@ -209,7 +209,8 @@ def test_what_a_dead_process_holds_is_listed_and_released(tmp_path: Path) -> Non
     """Owner, age, amount and task are shown; a person gives it back with a reason, once, and that is an event."""
     (tmp_path / "apprentice.yaml").write_bytes((ROOT / "apprentice.yaml").read_bytes())
     code = (
-        "from decimal import Decimal as D; from apprentice.budget import Budget; from apprentice.config import *;"
+        "from decimal import Decimal as D; from apprentice.money.budget import Budget;"
+        "from apprentice.settings.config import *;"
         "from apprentice.store import Store; s = load_settings('apprentice.yaml');"
         "b = Budget(Store.open(s.store_url), s.budget);"
         "print(b.reserve('classify_ticket', 'anthropic', 'claude', D('0.25'), 'r').id, b.owner)"

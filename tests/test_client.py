@@ -21,9 +21,9 @@ import pytest
 
 from apprentice import Apprentice, AsyncApprentice, ClientClosed, ConfigError, StoreError
 from apprentice.assembly import check_remote
-from apprentice.budget import Budget
-from apprentice.judge import Judge
-from apprentice.snapshot import SNAPSHOT_S
+from apprentice.money.budget import Budget
+from apprentice.request.judge import Judge
+from apprentice.request.snapshot import SNAPSHOT_S
 from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor, Fault
 from tests.conftest import Workbench, settings, truth

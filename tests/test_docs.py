@@ -6,8 +6,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from apprentice.confidence import trust_events
-from apprentice.config import Settings
 from apprentice.events.kinds import EventKind
+from apprentice.settings.config import Settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -165,7 +165,7 @@ def test_the_site_shows_every_page() -> None:
     ("link", "known", "unknown"),
     [
         ("[why](trust.md#whose-trust)", "[why](trust.md#whose-trust)", "[why](trust.md#whose-trust)"),
-        ("[it](../apprentice/router.py)", "[it](https://git.example/a/b/blob/HEAD/apprentice/router.py)", "it"),
+        ("[it](../serving/app.py)", "[it](https://git.example/a/b/blob/HEAD/serving/app.py)", "it"),
         ("![a picture](../apprentice/x.png)", "![a picture](../apprentice/x.png)", "![a picture](../apprentice/x.png)"),
     ],
 )

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apprentice import ApprenticeError, AsyncApprentice, BudgetExceeded, OutputError, RemoteRefused, Unavailable
-from apprentice import router as router_module
 from apprentice.errors import EngineUnavailable, StoreError
+from apprentice.request import router as router_module
 from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor
 from tests import conftest

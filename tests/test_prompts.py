@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema, parse_schema
+from apprentice.schemas.schema import Schema, parse_schema
 
 TEXT = parse_schema({"text": "str"})
 TWO = parse_schema({"question": "str?", "statement": "str?"})

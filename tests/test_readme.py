@@ -17,8 +17,8 @@ import pytest
 import uvicorn
 
 from apprentice import AsyncApprentice, load_settings
+from apprentice.remote.transport import Sender
 from apprentice.testing import FakeVendor
-from apprentice.transport import Sender
 from serving.app import create_app
 
 ROOT = Path(__file__).parents[1]

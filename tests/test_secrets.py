@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice import secrets
-from apprentice.config import ProviderSettings, read_key, require_key
 from apprentice.errors import ApprenticeError, ConfigError, LocalError, Problem
 from apprentice.secrets import HIDDEN, Secrets, child_environment, scrub, scrub_error, scrub_values
+from apprentice.settings.config import ProviderSettings, read_key, require_key
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from apprentice import Apprentice
-from apprentice.decision import Headroom, Plan, Policy, accepts, decide
+from apprentice.confidence.decision import Headroom, Plan, Policy, accepts, decide
+from apprentice.confidence.phases import Phase
 from apprentice.errors import VersionError
 from apprentice.local.engine import Version
-from apprentice.phases import Phase
 from apprentice.testing import FakeEngine, FakeVendor
 from tests.conftest import LABELS, Workbench, truth
 from tests.conftest import settings as configuration
@@ -209,7 +209,7 @@ class RollOut(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.fleet = Fleet(Path(self.folder.name), 2)
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("apprentice.router.decide", self.decide)
+        self.patch.setattr("apprentice.request.router.decide", self.decide)
         for bench in self.fleet.benches:
             compare = bench.client.parts.judge.compare
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from apprentice.confidence.acceptance import Slice
 from apprentice.confidence.correlation import Estimate, Tally
 from apprentice.confidence.forecast import Widening
-from apprentice.phases import Phase
+from apprentice.confidence.phases import Phase
 
 __all__ = ["Figures", "PolicyNumbers", "Promise", "Scope", "scope"]
 

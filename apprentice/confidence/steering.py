@@ -29,9 +29,9 @@ from typing import Any
 
 from apprentice.confidence.correlation import Tally
 from apprentice.confidence.drift import Bets, expected_delay, name_change
+from apprentice.confidence.sampling import next_rate, target_rate
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.window import Seen, ServedWindow
-from apprentice.sampling import next_rate, target_rate
 
 __all__ = ["Limits", "Steering", "Turn", "least_rate", "steer", "tolerated"]
 

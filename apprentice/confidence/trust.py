@@ -43,6 +43,7 @@ from apprentice.confidence.drift import Guard
 from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
 from apprentice.confidence.forecast import Widening, widenings, worthwhile
 from apprentice.confidence.groups import Groups
+from apprentice.confidence.phases import Phase, Signal, advance
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.steering import Limits, Turn, least_rate, steer
 from apprentice.confidence.trust_events import Event, EventKind
@@ -61,7 +62,6 @@ from apprentice.confidence.weighing import (
 )
 from apprentice.confidence.window import Seen, ServedWindow
 from apprentice.evaluators import Evaluator
-from apprentice.phases import Phase, Signal, advance
 
 __all__ = ["Trust"]
 

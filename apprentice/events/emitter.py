@@ -27,10 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apprentice.config import AlertSettings
 from apprentice.events.kinds import LEVELS, EventKind, Level
 from apprentice.events.sinks import Sink, Undelivered, sinks_of
 from apprentice.secrets import logger, scrub, scrub_values
+from apprentice.settings.config import AlertSettings
 from apprentice.store import Store
 from apprentice.store.records import EventRecord
 

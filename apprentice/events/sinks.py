@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import httpx
 
-from apprentice.config import AlertSettings
 from apprentice.events.kinds import EventKind
 from apprentice.secrets import register_url, scrub_error, scrub_values
+from apprentice.settings.config import AlertSettings
 from apprentice.store.records import EventRecord
 
 __all__ = ["SINKS", "Sink", "Undelivered", "Webhook", "message", "sinks_of"]

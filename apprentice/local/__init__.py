@@ -7,11 +7,11 @@ import socket
 import uuid
 from pathlib import Path
 
-from apprentice.budget import Budget
-from apprentice.config import LocalSettings
 from apprentice.errors import ConfigError, Problem
 from apprentice.local.engine import Engine
 from apprentice.local.leases import HoldStore, SharedLeases
+from apprentice.money.budget import Budget
+from apprentice.settings.config import LocalSettings
 
 __all__ = ["build_engine"]
 

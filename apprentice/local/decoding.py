@@ -15,7 +15,7 @@ from typing import Any
 from apprentice.errors import OutputError, Problem
 from apprentice.local.grammar import Position
 from apprentice.local.skeleton import Choice, Free, Literal, Option, Skeleton, Step
-from apprentice.schema import SchemaError
+from apprentice.schemas.schema import SchemaError
 
 __all__ = ["Decoding", "Encode"]
 

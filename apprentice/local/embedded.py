@@ -25,7 +25,7 @@ from apprentice.local.decoding import Decoding
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
-from apprentice.schema import compact_json
+from apprentice.schemas.schema import compact_json
 
 if TYPE_CHECKING:
     import torch

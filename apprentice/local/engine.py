@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 
 __all__ = ["AnsweredBy", "Engine", "Health", "LoadedVersion", "LocalAnswer", "Version"]
 

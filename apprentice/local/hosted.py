@@ -18,24 +18,24 @@ from typing import Any
 
 import httpx
 
-from apprentice.budget import Budget, PaidCall
-from apprentice.config import ProviderSettings, read_key
 from apprentice.errors import BudgetExceeded, ConfigError, EngineUnavailable, OutputError, Problem, VersionError
 from apprentice.local.drained import Drained
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.served import ask_all, refusal
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
+from apprentice.money.budget import Budget, PaidCall
 from apprentice.remote.answers import fit
 from apprentice.remote.dialects import strict
 from apprentice.remote.failures import of_exception, of_response
 from apprentice.remote.openai import read_chat
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import Completion
-from apprentice.schema import SchemaError, compact_json
+from apprentice.remote.transport import Response
+from apprentice.schemas.schema import SchemaError, compact_json
 from apprentice.secrets import register
+from apprentice.settings.config import ProviderSettings, read_key
 from apprentice.store import Usage
-from apprentice.transport import Response
 
 __all__ = ["HostedEngine"]
 

@@ -39,7 +39,7 @@ from apprentice.local.leases import Alone, Leases
 from apprentice.local.served import Courtesy, post
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
-from apprentice.schema import SchemaError
+from apprentice.schemas.schema import SchemaError
 
 __all__ = ["OllamaEngine"]
 

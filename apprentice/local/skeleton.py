@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apprentice.local.grammar import RULES, STRING_REST, Grammar, of_schema
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 
 __all__ = ["Choice", "Free", "Literal", "Option", "Piece", "Skeleton", "Step"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apprentice.local.skeleton import Skeleton
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 
 __all__ = ["UNKNOWN", "field_confidence"]
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from apprentice.errors import Problem
-from apprentice.json_schema import canonical
 from apprentice.remote.failures import Failure, error_inside, of_error, of_response, reports_usage
 from apprentice.remote.provider import Completion, Provider, VendorError
-from apprentice.schema import Schema, SchemaError
+from apprentice.remote.transport import Response
+from apprentice.schemas.json_schema import canonical
+from apprentice.schemas.schema import Schema, SchemaError
 from apprentice.secrets import scrub
-from apprentice.transport import Response
 
 __all__ = ["bare_json", "fit", "read"]
 

@@ -24,10 +24,10 @@ from apprentice.remote.provider import (
     schema_in_words,
     text_of,
 )
+from apprentice.remote.transport import Endpoint, Request
 from apprentice.remote.usage import total, usage_of
-from apprentice.schema import compact_json
+from apprentice.schemas.schema import compact_json
 from apprentice.store import Usage
-from apprentice.transport import Endpoint, Request
 
 __all__ = ["Anthropic"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 
+from apprentice.remote.transport import Response
 from apprentice.secrets import scrub
-from apprentice.transport import Response
 
 __all__ = [
     "LONGEST_PAUSE_S",

@@ -20,9 +20,9 @@ from apprentice.remote.provider import (
     schema_in_words,
     text_of,
 )
+from apprentice.remote.transport import Endpoint, Request
 from apprentice.remote.usage import total, usage_of
 from apprentice.store import Usage
-from apprentice.transport import Endpoint, Request
 
 __all__ = ["Google"]
 

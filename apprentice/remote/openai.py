@@ -24,9 +24,9 @@ from apprentice.remote.provider import (
     schema_in_words,
     text_of,
 )
+from apprentice.remote.transport import Endpoint, Request
 from apprentice.remote.usage import usage_of
 from apprentice.store import Usage
-from apprentice.transport import Endpoint, Request
 
 __all__ = ["OpenAIChat", "OpenAIResponses", "read_chat"]
 

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from apprentice.config import ModelPrice, ProviderSettings
 from apprentice.errors import Problem
+from apprentice.settings.config import ModelPrice, ProviderSettings
 from apprentice.store import Usage
 
 __all__ = ["Price", "PriceList", "check_price"]

@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol
 
 import httpx
 
-from apprentice.schema import compact_json
+from apprentice.remote.transport import Request
+from apprentice.schemas.schema import compact_json
 from apprentice.store import Usage
-from apprentice.transport import Request
 
 __all__ = [
     "FORMATS",

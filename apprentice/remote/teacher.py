@@ -19,8 +19,6 @@ from decimal import Decimal
 from typing import Any
 
 from apprentice import secrets
-from apprentice.budget import Account
-from apprentice.config import ProviderSettings, RemoteSettings, TaskSettings, require_key
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
@@ -31,6 +29,7 @@ from apprentice.errors import (
     RemoteRefused,
     RemoteUnavailable,
 )
+from apprentice.money.budget import Account
 from apprentice.prompts import remote_system, remote_user
 from apprentice.remote.answers import bare_json, fit, read
 from apprentice.remote.anthropic import Anthropic
@@ -41,10 +40,11 @@ from apprentice.remote.limits import Limits
 from apprentice.remote.openai import OpenAIChat, OpenAIResponses
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import FORMATS, Completion, Format, Prompt, Provider, Turn
-from apprentice.schema import SchemaError
+from apprentice.remote.transport import Request, Send
+from apprentice.schemas.schema import SchemaError
+from apprentice.settings.config import ProviderSettings, RemoteSettings, TaskSettings, require_key
 from apprentice.store import Usage
 from apprentice.store.records import ASKED_AGAIN
-from apprentice.transport import Request, Send
 
 __all__ = ["RemoteAnswer", "Teacher", "make_provider"]
 

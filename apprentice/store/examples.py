@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, func, insert, select
 
-from apprentice.schema import compact_json
+from apprentice.schemas.schema import compact_json
 from apprentice.store.database import Transaction
 from apprentice.store.records import ExampleRecord
 from apprentice.store.tables import examples

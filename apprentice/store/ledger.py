@@ -1,4 +1,4 @@
-"""The ledger's atomic statements: reserve, settle, release. Which windows is `apprentice.budget`'s affair.
+"""The ledger's atomic statements: reserve, settle, release. Which windows is `apprentice.money.budget`'s affair.
 
 Invariants: no reservation lifts a window's ``committed`` above the cap that `caps` holds for it, ``spent`` never falls,
 and ``committed - spent`` is what open calls hold. A bill may exceed what was held for it; it is counted in full, and

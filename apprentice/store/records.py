@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
+from apprentice.confidence.decision import Policy
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.weighing import Comparison
-from apprentice.decision import Policy
 from apprentice.events.kinds import Level
-from apprentice.phases import Phase
 
 __all__ = [
     "CapChanges",
@@ -308,7 +308,7 @@ class CapWindow:
 class Reservation:
     """The worst-case price of a call, held in every window until the call is settled, released or lost.
 
-    ``owner`` names the process that makes the call, as `apprentice.owner` does.
+    ``owner`` names the process that makes the call, as `apprentice.money.owner` does.
     """
 
     id: int

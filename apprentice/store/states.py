@@ -17,9 +17,9 @@ from typing import Any
 from sqlalchemy import and_, bindparam, delete, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from apprentice.decision import Policy
+from apprentice.confidence.decision import Policy
+from apprentice.confidence.phases import Phase
 from apprentice.errors import StoreError
-from apprentice.phases import Phase
 from apprentice.store import comparisons, events
 from apprentice.store.database import Transaction
 from apprentice.store.records import StateChange, TaskPolicy, TaskState

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from apprentice.local.engine import AnsweredBy, LocalAnswer
-from apprentice.schema import Schema, SchemaError, compact_json
+from apprentice.schemas.schema import Schema, SchemaError, compact_json
 from apprentice.student.pooling import FEATURES, Floats, Logistic, Mode, Seen, logit, pick
 
 __all__ = ["Combined", "Combiner", "HeadAnswer"]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluator
 from apprentice.local.engine import AnsweredBy, LocalAnswer
-from apprentice.schema import Schema, SchemaError, compact_json
+from apprentice.schemas.schema import Schema, SchemaError, compact_json
 from apprentice.student.combiner import Combined, Combiner, HeadAnswer
 from apprentice.student.pooling import Floats, Logistic, Mode, Numbers, Seen, logit, pick
 from apprentice.student.shrinkage import Booleans, Integers, fit_logistic, fit_weights

@@ -25,7 +25,7 @@ from apprentice.errors import EngineUnavailable, LocalError, OutputError, Versio
 from apprentice.local.drained import Drained
 from apprentice.local.engine import Engine, Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.probe import check_parity, read_probes
-from apprentice.schema import SchemaError
+from apprentice.schemas.schema import SchemaError
 from apprentice.student.files import OWN, Student, adapter_of, check_student, head_files, read_student
 
 if TYPE_CHECKING:

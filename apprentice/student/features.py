@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apprentice.prompts import compact_prompt
-from apprentice.schema import compact_json
+from apprentice.schemas.schema import compact_json
 
 __all__ = ["Plan", "whole_text"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from apprentice.schema import Schema, compact_json
+from apprentice.schemas.schema import Schema, compact_json
 
 __all__ = ["finite_fields"]
 

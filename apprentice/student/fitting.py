@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apprentice.schema import Schema, compact_json
+from apprentice.schemas.schema import Schema, compact_json
 from apprentice.student.encoder import Encoder
 from apprentice.student.features import Plan, whole_text
 from apprentice.student.fields import finite_fields

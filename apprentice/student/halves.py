@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from apprentice.config import Settings
+from apprentice.settings.config import Settings
 from apprentice.student.fields import finite_fields
 
 __all__ = ["Wanted", "halves_of", "halves_wanted"]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apprentice.errors import VersionError
-from apprentice.schema import compact_json
+from apprentice.schemas.schema import compact_json
 from apprentice.student.encoder import Encoder, load_encoder
 from apprentice.student.features import Plan
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from apprentice.errors import ApprenticeError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
-from apprentice.schema import SchemaError
+from apprentice.schemas.schema import SchemaError
 
 __all__ = ["FakeEngine"]
 

@@ -14,9 +14,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
-from apprentice.config import TrainingSettings
 from apprentice.errors import TrainingError
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
+from apprentice.settings.config import TrainingSettings
 
 __all__ = [
     "Progress",

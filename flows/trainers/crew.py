@@ -18,10 +18,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
-from apprentice.config import TrainingSettings
 from apprentice.errors import TrainingError
-from apprentice.schema import schema_of_document
+from apprentice.schemas.schema import schema_of_document
 from apprentice.secrets import HUB_TOKENS, child_environment
+from apprentice.settings.config import TrainingSettings
 from flows.trainers import Progress, TrainedAdapter, TrainingJob
 
 __all__ = ["Alone", "Crew", "Together", "read_job", "report", "train_together"]

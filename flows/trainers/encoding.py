@@ -13,7 +13,7 @@ from apprentice.local.frame import Frame
 from apprentice.local.rows import training_row
 from apprentice.local.skeleton import Skeleton
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 from flows.trainers import TrainingRow
 
 __all__ = ["TokenRow", "encode"]

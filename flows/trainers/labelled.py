@@ -13,7 +13,7 @@ from typing import Any
 
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 from flows.trainers import TrainingRow
 from flows.trainers.encoding import TokenRow, encode
 

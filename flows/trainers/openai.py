@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 
-from apprentice.config import read_key
 from apprentice.errors import ConfigError, Problem, TrainingError
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 from apprentice.secrets import register, scrub
+from apprentice.settings.config import read_key
 from flows.dataset import write_whole
 from flows.trainers import Progress, TrainedAdapter, TrainingJob, TrainingNotStarted, TrainingRow, read_rows
 from flows.trainers.recipe import choose

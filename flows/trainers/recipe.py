@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apprentice.config import TrainingSettings
+from apprentice.settings.config import TrainingSettings
 
 __all__ = ["LINEAR_LAYERS", "Recipe", "choose"]
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from apprentice.confidence import exact
 from apprentice.confidence.acceptance import Slices
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.weighing import Comparison, weigh_seed
-from apprentice.phases import Phase
 from benchmarks.certificates import HYBRID, WORLDS, coverage, wrongly_certified
 from benchmarks.trust import DELTA, same, tail_bound
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from apprentice.confidence.acceptance import Slices
 from apprentice.confidence.certify import LAMBDAS
 from apprentice.confidence.forecast import Pace, Widening, _until, widenings, worthwhile
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.weighing import Comparison
-from apprentice.phases import Phase
 from benchmarks.trust import measure_forecast, same
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 
 from apprentice.confidence.groups import WINDOW, Groups, group_of
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.weighing import Comparison
-from apprentice.phases import Phase
 from benchmarks.trust import same
 from benchmarks.worlds import OFF, World, batches, measure_certified
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.weighing import Seed, weigh_seed
-from apprentice.phases import Phase
 from benchmarks.trust import same
 from tests.confidence.test_trust import SETTINGS, World
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from apprentice.confidence.phases import Phase
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import Event, EventKind
@@ -14,7 +15,6 @@ from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Comparison, Stale, weigh
 from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluation, build_evaluator
-from apprentice.phases import Phase
 from benchmarks.trust import measure_bias, same
 
 SETTINGS = TrustSettings(max_disagreement=0.1)

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from apprentice import load_settings
-from apprentice.check import findings
+from apprentice.operate.check import findings
+from apprentice.remote.transport import Sender
 from apprentice.testing import FakeVendor
-from apprentice.transport import Sender
 from tests.store.conftest import new_postgres, postgres_server  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).parents[2]

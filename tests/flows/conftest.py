@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from apprentice.config import Settings, load_settings
 from apprentice.errors import OutputError, Problem
 from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.settings.config import Settings, load_settings
 from apprentice.store import Store
 from apprentice.store.records import ExampleRecord
 from flows.assemble import assemble_run

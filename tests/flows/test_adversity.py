@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from apprentice.errors import EngineUnavailable, EvaluatorError
-from apprentice.judge import Judge
-from apprentice.time_limit import TimeLimit
+from apprentice.request.judge import Judge
+from apprentice.request.time_limit import TimeLimit
 from flows.coach import coach_task
 from flows.dispatch import watch
 from flows.review import choose, follow, previous_champion
@@ -45,7 +45,7 @@ def test_a_rollback_asks_no_evaluator(home: Any, trainer: Any, monkeypatch: pyte
     home.teach(300)
     second = _coach(home)
     earned = home.store.policy_row("mood", first.version).trust
-    monkeypatch.setattr("apprentice.judge.build_evaluator", fails)
+    monkeypatch.setattr("apprentice.request.judge.build_evaluator", fails)
     shop = Workshop.open(home.settings)
     choose(shop, previous_champion(shop, "mood"), how="rollback", by="ann", reason="bad")
     state = home.store.policy_row("mood")
@@ -87,7 +87,7 @@ def test_an_evaluator_that_is_away_refuses_no_candidate(
     custom = {"evaluator": "custom", "evaluator_function": f"tests.flows.test_adversity:{broken.__name__}"}
     task = home.settings.tasks[0].model_copy(update=custom)
     home.settings = home.settings.model_copy(update={"tasks": (task,)})
-    monkeypatch.setattr("apprentice.judge.TimeLimit", lambda what, _seconds: TimeLimit(what, 0.05))
+    monkeypatch.setattr("apprentice.request.judge.TimeLimit", lambda what, _seconds: TimeLimit(what, 0.05))
     hanging.clear()
     try:
         result = _coach(home)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.config import TrainingSettings
+from apprentice.settings.config import TrainingSettings
 from flows.trainers.axolotl import axolotl_config
 from flows.trainers.recipe import choose
 

@@ -23,8 +23,8 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from apprentice.due import due_reason
 from apprentice.errors import LeaseLost, StoreError, TrainingError
+from apprentice.lifecycle.due import due_reason
 from apprentice.store import Store
 from apprentice.store.records import EventRecord, Lease
 from flows.coach import abandon, coach_task, prefect_at

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from apprentice.config import TaskSettings
 from apprentice.errors import TrainingError
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
+from apprentice.settings.config import TaskSettings
 from apprentice.store.records import ExampleRecord
 from flows.curation import curate_examples, is_held_out
 from flows.dataset import CuratedDataset, load_dataset

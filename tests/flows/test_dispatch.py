@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from apprentice.due import Due
 from apprentice.errors import TrainingError
+from apprentice.lifecycle.due import Due
 from apprentice.store.records import RunRecord
 from flows.cancellation import RunCancelled
 from flows.commands import abandon, coach, promote, rollback

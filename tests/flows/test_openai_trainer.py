@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as limits
 
-from apprentice.config import TrainingSettings
 from apprentice.errors import ConfigError, TrainingError
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
+from apprentice.settings.config import TrainingSettings
 from flows.trainers import Progress, TrainingJob, TrainingNotStarted, TrainingRow
 from flows.trainers.openai import OpenAITrainer, chat_lines, estimate
 

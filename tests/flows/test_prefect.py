@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from apprentice.due import due_reason
 from apprentice.errors import TrainingError
+from apprentice.lifecycle.due import due_reason
 from flows.coach import coach_task
 from flows.lease import Busy, held_lease
 from flows.tracking import CHAMPION
@@ -41,7 +41,7 @@ _WORKER = """
     doubles = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(doubles)
     import flows.assemble, flows.coach, flows.curate, flows.finetune, flows.promote, flows.validate
-    from apprentice.config import load_settings
+    from apprentice.settings.config import load_settings
 
     trainer = doubles.RoteTrainer()
     flows.finetune.build_trainer = lambda _backend: trainer

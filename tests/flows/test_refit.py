@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.due import due_run
+from apprentice.lifecycle.due import due_run
 from apprentice.local import adapter as adapters
 from apprentice.local.probe import read_probes
 from apprentice.store.records import ComparisonRecord, ExampleRecord, VersionRecord, VersionStatus

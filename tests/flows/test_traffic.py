@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apprentice.config import Settings
 from apprentice.errors import Problem
+from apprentice.settings.config import Settings
 from flows.traffic import Recorded, read_traffic
 
 SETTINGS = Settings.model_validate(

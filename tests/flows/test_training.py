@@ -15,13 +15,13 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from apprentice.config import TrainingSettings  # noqa: E402  # after importorskip
 from apprentice.errors import TrainingError  # noqa: E402
 from apprentice.local.adapter import content_name  # noqa: E402
 from apprentice.local.base_model import SMOLLM2, load_tokenizer, resolve_base_model  # noqa: E402
 from apprentice.local.frame import Frame  # noqa: E402
 from apprentice.local.skeleton import Skeleton  # noqa: E402
-from apprentice.schema import parse_schema  # noqa: E402
+from apprentice.schemas.schema import parse_schema  # noqa: E402
+from apprentice.settings.config import TrainingSettings  # noqa: E402  # after importorskip
 from flows.trainers import Progress, TrainingJob, TrainingRow  # noqa: E402
 from flows.trainers.batches import bucketed, padding  # noqa: E402
 from flows.trainers.encoding import encode  # noqa: E402

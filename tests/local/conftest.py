@@ -21,7 +21,7 @@ from apprentice.local.frame import Frame
 from apprentice.local.rows import training_row
 from apprentice.local.skeleton import Skeleton
 from apprentice.prompts import compact_prompt
-from apprentice.schema import Schema, parse_schema
+from apprentice.schemas.schema import Schema, parse_schema
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

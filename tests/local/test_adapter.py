@@ -18,7 +18,7 @@ from apprentice.local.adapter import adapter_folder, check_adapter, content_name
 from apprentice.local.base_model import BaseModel
 from apprentice.local.gguf_file import read_gguf_header
 from apprentice.local.probe import read_probes
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from tests.local.written import write_adapter, write_base, write_gguf_header
 
 SCHEMA = parse_schema({"emotion": "joy | fear"})

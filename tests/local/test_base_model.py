@@ -102,7 +102,7 @@ from apprentice.errors import VersionError
 from apprentice.local.base_model import SMOLLM2, load_tokenizer, resolve_base_model
 from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import Version
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 
 load_tokenizer(resolve_base_model(SMOLLM2, Path()))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

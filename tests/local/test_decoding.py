@@ -9,7 +9,7 @@ import pytest
 from apprentice.errors import OutputError
 from apprentice.local.decoding import Decoding
 from apprentice.local.skeleton import Skeleton
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 
 
 def letters(text: str) -> list[int]:

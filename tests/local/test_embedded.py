@@ -11,7 +11,7 @@ import pytest
 from apprentice.errors import EngineUnavailable, OutputError, VersionError
 from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
 
 

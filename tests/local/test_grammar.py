@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.local.grammar import Grammar, gbnf, of_schema
-from apprentice.schema import Schema, parse_schema
+from apprentice.schemas.schema import Schema, parse_schema
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from apprentice.budget import Budget
-from apprentice.config import BudgetSettings
 from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.hosted import HostedEngine
-from apprentice.schema import parse_schema
+from apprentice.money.budget import Budget
+from apprentice.schemas.schema import parse_schema
+from apprentice.settings.config import BudgetSettings
 from apprentice.store import Store
 
 SCHEMA = parse_schema({"label": "a | b", "note": "str?"})

@@ -17,7 +17,7 @@ from apprentice.local.engine import Version
 from apprentice.local.leases import SharedLeases
 from apprentice.local.switch import Switch
 from apprentice.local.vllm import VllmEngine
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from apprentice.store import Store
 from apprentice.testing.vllm import FakeVllm
 from tests.local.test_switch import until

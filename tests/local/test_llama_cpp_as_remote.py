@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from apprentice import Apprentice, OutputError, RemoteRefused, Unavailable
-from apprentice.config import Settings
 from apprentice.local import llama_cpp
+from apprentice.settings.config import Settings
 
 KEY = "key-of-the-server-0123456789"
 

@@ -18,7 +18,7 @@ from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.leases import SharedLeases
 from apprentice.local.ollama import OllamaEngine, _pattern, letters
 from apprentice.local.whole import UNKNOWN
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from apprentice.store import Store
 from apprentice.testing.ollama import FakeOllama
 from tests.local.written import write_adapter, write_base, write_base_with_gguf, write_tokenizer

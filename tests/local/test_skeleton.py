@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.local.skeleton import Choice, Free, Literal, Skeleton
-from apprentice.schema import Schema, parse_schema
+from apprentice.schemas.schema import Schema, parse_schema
 
 EVERYTHING = parse_schema(
     {

@@ -16,7 +16,7 @@ import pytest
 from apprentice.errors import EngineUnavailable, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.switch import Switch
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from apprentice.store import Store
 from apprentice.store.records import VersionRecord
 from apprentice.testing import FakeVendor

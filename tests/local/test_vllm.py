@@ -13,7 +13,7 @@ import pytest
 from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
 from apprentice.local.vllm import VllmEngine
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from apprentice.testing.vllm import FakeVllm
 from tests.local.written import write_adapter, write_base
 

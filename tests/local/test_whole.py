@@ -8,7 +8,7 @@ import pytest
 
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import UNKNOWN, field_confidence
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 
 SKELETON = Skeleton.of(parse_schema({"label": "a | b", "tags": "list[str]", "n": "int"}))
 OUTPUT = {"label": "b", "tags": ["x", "y"], "n": 7}

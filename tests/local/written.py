@@ -10,7 +10,7 @@ from pathlib import Path
 from apprentice.local.adapter import content_name
 from apprentice.local.engine import Version
 from apprentice.local.frame import Frame
-from apprentice.schema import Schema
+from apprentice.schemas.schema import Schema
 
 FRAME = Frame("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
 RANK = 8

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given
 from pydantic import BaseModel
 
-from apprentice.config import ProviderSettings
-from apprentice.json_schema import canonical
 from apprentice.remote.answers import fit
 from apprentice.remote.breaker import Breaker
 from apprentice.remote.dialects import closed, gemini, strict
 from apprentice.remote.limits import Bucket, Limits
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import Completion
-from apprentice.schema import parse_schema
+from apprentice.schemas.json_schema import canonical
+from apprentice.schemas.schema import parse_schema
+from apprentice.settings.config import ProviderSettings
 from apprentice.store import Usage
 from apprentice.testing.vendors import GoogleProtocol, _walk_closed
 

@@ -11,16 +11,16 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-from apprentice.config import ProviderSettings
 from apprentice.errors import ConfigError
 from apprentice.remote.answers import bare_json, fit, read
 from apprentice.remote.failures import LONGEST_PAUSE_S, Failure, of_exception, of_response
 from apprentice.remote.provider import Completion, Prompt, Turn, address
 from apprentice.remote.teacher import make_provider
-from apprentice.schema import SchemaError, parse_schema
+from apprentice.remote.transport import Request, Response
+from apprentice.schemas.schema import SchemaError, parse_schema
 from apprentice.secrets import register
+from apprentice.settings.config import ProviderSettings
 from apprentice.store import Usage
-from apprentice.transport import Request, Response
 
 KEY = "sk-ant-REDACTED"
 SCHEMA = parse_schema({"label": ["a", "b"], "note": "str?"}).json_schema

@@ -19,8 +19,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from apprentice.budget import Budget
-from apprentice.config import BudgetSettings, RemoteSettings, TaskSettings
 from apprentice.errors import (
     ApprenticeError,
     BudgetExceeded,
@@ -29,11 +27,13 @@ from apprentice.errors import (
     RemoteRefused,
     RemoteUnavailable,
 )
+from apprentice.money.budget import Budget
 from apprentice.remote import RemoteAnswer, Teacher
+from apprentice.remote.transport import Request, Response, Sender
+from apprentice.settings.config import BudgetSettings, RemoteSettings, TaskSettings
 from apprentice.store import Store
 from apprentice.testing import FakeVendor, Fault
 from apprentice.testing.vendors import PROTOCOLS, Question
-from apprentice.transport import Request, Response, Sender
 
 TASK = TaskSettings(
     name="tickets",

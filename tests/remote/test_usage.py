@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as limits
 
-from apprentice.config import RemoteSettings
 from apprentice.remote.provider import Prompt
 from apprentice.remote.teacher import make_provider
 from apprentice.remote.usage import usage_of
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
+from apprentice.settings.config import RemoteSettings
 from apprentice.store import Usage
 from apprentice.testing import FakeVendor
 

@@ -15,8 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from apprentice import AsyncApprentice, StoreError
-from apprentice.budget import Budget
-from apprentice.snapshot import SNAPSHOT_S
+from apprentice.money.budget import Budget
+from apprentice.request.snapshot import SNAPSHOT_S
 from apprentice.store import Store
 from apprentice.testing import FakeEngine, FakeVendor, Fault
 from serving.app import create_app

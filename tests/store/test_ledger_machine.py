@@ -23,9 +23,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from apprentice.budget import Account, Budget, PaidCall
-from apprentice.config import BudgetSettings, Caps
 from apprentice.errors import BudgetExceeded, StoreError
+from apprentice.money.budget import Account, Budget, PaidCall
+from apprentice.settings.config import BudgetSettings, Caps
 from apprentice.store import ExampleRecord, Store, Usage
 
 ZONE = "America/New_York"  # clocks change on 8 March and 1 November 2026

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from apprentice.decision import Policy
+from apprentice.confidence.decision import Policy
+from apprentice.confidence.phases import Phase
 from apprentice.errors import StoreError
-from apprentice.phases import Phase
 from apprentice.store import (
     CapWindow,
     ComparisonRecord,

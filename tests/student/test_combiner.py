@@ -16,7 +16,7 @@ import numpy as np
 from apprentice.errors import EvaluatorError
 from apprentice.evaluators import Evaluation, StructuredMatch
 from apprentice.local.engine import LocalAnswer
-from apprentice.schema import SchemaError, parse_schema
+from apprentice.schemas.schema import SchemaError, parse_schema
 from apprentice.student.combiner import Combiner
 from apprentice.student.combining import Fit, fit_combiner
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from apprentice.evaluators import Evaluation, Evaluator, StructuredMatch
 from apprentice.local.engine import LocalAnswer
-from apprentice.schema import SchemaError, parse_schema
+from apprentice.schemas.schema import SchemaError, parse_schema
 from apprentice.student.combiner import Combined, Combiner
 from apprentice.student.combining import Fit, fit_combiner
 from apprentice.student.pooling import Logistic, Seen, logit

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apprentice.config import LocalSettings
 from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local import build_engine
 from apprentice.local.adapter import content_name
 from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.local.switch import Switch
-from apprentice.schema import Schema, parse_schema
+from apprentice.schemas.schema import Schema, parse_schema
+from apprentice.settings.config import LocalSettings
 from apprentice.student.engine import StudentEngine
 from apprentice.student.files import OWN, Student, student_name, write_student
 from apprentice.testing.engine import FakeEngine

@@ -17,7 +17,7 @@ pytest.importorskip("safetensors")
 import numpy as np
 
 from apprentice.errors import VersionError
-from apprentice.schema import parse_schema
+from apprentice.schemas.schema import parse_schema
 from apprentice.student import encoder as encoders
 from apprentice.student import fitting
 from apprentice.student.fields import finite_fields

@@ -1,0 +1,1 @@
+"""What an operator asks: how the tasks stand, what they cost and saved, whether a configuration works."""

@@ -1,0 +1,1 @@
+"""One request: from the call to its answer, its record and its comparison."""
