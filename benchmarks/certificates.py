@@ -52,7 +52,7 @@ def certified(rows: Sequence[tuple[float, float]], limit: float, *, tests: bool,
         entry=promising([(g, limit - (1.0 - g), 1.0) for g in confidences]),
         max_disagreement=limit if tests else None,
     )
-    slices.replay((g, score, limit - (1.0 - score), 1.0) for g, score in rows[:seed])
+    slices.replay((g, score, limit - (1.0 - score), 1.0, False) for g, score in rows[:seed])
     found = []
     for n, (g, score) in enumerate(rows, start=1):
         if n > seed:

@@ -314,7 +314,7 @@ def measure_slices(
         model = Confidence(draw.uniform(3.0, 6.0), draw.uniform(0.0, 6.0))
         labels = Labels([1.0] * 7, draw)
         slices: Slices | None = None
-        waiting: list[tuple[float, float, float, float]] = []
+        waiting: list[tuple[float, float, float, float, bool]] = []
         window: list[tuple[int, int]] = [labels.pair(0.9) for _ in range(16)]
         for _ in range(comparisons):
             rank = draw.random()
@@ -329,7 +329,7 @@ def measure_slices(
             if len(window) > 100:
                 del window[0]
             if slices is None:
-                waiting.append((1.0 - rank, s, x, 1.0))
+                waiting.append((1.0 - rank, s, x, 1.0, False))
                 if len(waiting) == TrustSettings().warm_up:
                     confidences = [g for g, *_ in waiting]
                     slices = Slices(grid(confidences, TrustSettings().min_coverage), DELTA, confidences)
@@ -360,7 +360,7 @@ def measure_overall(
         model = Confidence(draw.uniform(2.0, 6.0), draw.uniform(0.0, 8.0))
         flat = limit / settings.min_coverage * 1.02  # 2 % above what the first slice could bear
         both: list[Slices] = []
-        waiting: list[tuple[float, float, float, float]] = []
+        waiting: list[tuple[float, float, float, float, bool]] = []
         for n in range(comparisons):
             rank = draw.random()
             wrong = (flat if rank < settings.min_coverage else 0.0) if at_limit else 1.0 - model.agreement(rank)
@@ -370,7 +370,7 @@ def measure_overall(
                 for slices in both:
                     slices.add(*seen)
                 continue
-            waiting.append(seen)
+            waiting.append((*seen, False))
             if n + 1 == settings.warm_up:
                 confidences = [g for g, *_ in waiting]
                 thresholds = grid(confidences, settings.min_coverage)

@@ -192,10 +192,12 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
     Once a task serves, most examples are requests that were deferred for being hard. Each seed remembers how readily
     its answer was bought, so that together they describe the traffic. After an alarm only what was bought after the
     change it dates is a seed: an older example says nothing about the traffic that the new version will meet. The gate
-    may still compare two versions on it.
+    may still compare two versions on it. They are in the order of their requests, by which is seen how far one answer
+    depends on those before it.
     """
     since = changed_at(shop.store, run.task)
-    fresh = None if since is None else {e.id for e in shop.store.examples(run.task) if e.created_at >= since}
+    came_at = {e.id: e.created_at for e in shop.store.examples(run.task)}
+    place = {id_: n for n, id_ in enumerate(came_at)}
     answers = validated.answers if validated.evidence is None else validated.evidence
     bought = shop.store.overbought(run.task, {a.id for a in answers})
     at = shop.clock()
@@ -216,10 +218,10 @@ def seeds(shop: Workshop, run: RunRecord, validated: Validated) -> list[Comparis
             seeded=True,
             created_at=at,
         )
-        for a in answers
+        for a in sorted(answers, key=lambda a: place.get(a.id, -1))
         for rate, probability in [bought.get(a.id, (1.0, 1.0))]
         if a.score is not None and a.local is not None and a.confidence is not None
-        if fresh is None or a.id in fresh
+        if since is None or came_at.get(a.id, 0.0) >= since
     ]
 
 

@@ -18,6 +18,9 @@ bet on it.
 **One exact test** joins the bets on a target of what is served, at a part of delta (`exact`), where every comparison
 counts alike and its score is 0 or 1.
 
+**Scores that depend on those before them** say less than as many independent ones: what bets and test have found counts
+for 1 / D of it, D being the design effect (`dependence`).
+
 **Two targets.** All this is about what is *served*. `Overall` certifies instead how much of all answers differs, or in
 addition: a slice is then certified when both say so, and each promise is broken with probability at most delta.
 """
@@ -32,7 +35,8 @@ from operator import neg
 from typing import Any
 
 from apprentice.confidence import exact
-from apprentice.confidence.certify import LOG_PRIOR, PRIOR, log_stakes, wealth
+from apprentice.confidence.certify import LOG_PRIOR, PRIOR, discounted, log_stakes, wealth
+from apprentice.confidence.dependence import Dependence
 from apprentice.confidence.overall import Overall
 
 __all__ = ["Slice", "Slices", "grid", "promising"]
@@ -57,6 +61,7 @@ PATIENCE = 300
 class Slice:
     """What is known of one slice: ``share`` of the traffic, weighted ``agreement``, ``needed`` wealth to certify it.
 
+    ``wealth`` is after what the design effect takes off.
     Where both targets are bet on, ``wealth`` and ``needed`` are those of the one that is farther from its certificate.
     """
 
@@ -124,6 +129,7 @@ class Slices:
         "bases",
         "certified",
         "delta",
+        "dependence",
         "entry",
         "exact_share",
         "limit",
@@ -189,6 +195,7 @@ class Slices:
         self.peaks = [1.0] * count
         self.weights = [0.0] * count
         self.agreed = [0.0] * count
+        self.dependence = Dependence()
         self.unseen = self.waited = self.overall_winds = 0
         self.certified: int | None = None
         # Whether every comparison counted in full and scored 0 or 1; the test's error, 0 once it is made; the smallest
@@ -208,16 +215,21 @@ class Slices:
             held[nearest] += part
         return held
 
-    def add(self, confidence: float, score: float, x: float, weight: float, *, sets: bool = False) -> bool:
+    def add(
+        self, confidence: float, score: float, x: float, weight: float, *, sets: bool = False, repeats: bool = False
+    ) -> bool:
         """Let one comparison bet on every slice that holds it; whether a larger slice is certified now.
 
         ``x`` is what the target of what is served makes of it; it counts for nothing where there is no such target.
         ``sets``: this very comparison set the threshold that it stands on, and does not bet on that slice.
+        ``repeats``: its request was like a recent one, and so says nothing of how others depend on each other.
         """
         k = bisect_left(self.thresholds, -confidence, key=neg)
         self.weights[k] += weight
         self.agreed[k] += weight * score
         self.plain = self.plain and weight == 1.0 and score in (0.0, 1.0)
+        if not repeats:
+            self.dependence.add(score)
         if self.overall is not None:
             self.overall.add(k, score, weight)
         band = k + 1 if sets else k
@@ -263,7 +275,7 @@ class Slices:
             reached = self._test() or reached
         if self.overall is not None:
             before = self.overall.certified
-            self.overall.settle()
+            self.overall.settle(self.dependence.design_effect())
             reached = reached or self.overall.certified != before
         if not reached:
             self._second_wind()
@@ -291,6 +303,7 @@ class Slices:
         """Look at the bets on what is served; whether any slice may be certified by them for the first time."""
         first = 0 if self.certified is None else self.certified + 1
         least = 1.0 / self.delta
+        effect: float | None = None  # found out only where it matters
         # Below this not even equal capital behind all sizes would add up to what certifies the easiest slice.
         quiet = math.log(least / len(LOG_PRIOR))
         reached = False
@@ -303,6 +316,9 @@ class Slices:
             if max(total) + max(base) < quiet:
                 continue
             worth = wealth([start + added for start, added in zip(base, total, strict=True)])
+            if worth >= least:
+                effect = effect or self.dependence.design_effect()
+                worth = discounted(worth, effect)
             if worth > self.peaks[k]:
                 self.peaks[k] = worth
                 reached = reached or worth >= least
@@ -312,6 +328,7 @@ class Slices:
         """Make the exact test, once; whether it certified anything."""
         assert self.limit is not None
         level, self.test_level = self.test_level, 0.0
+        effect = self.dependence.design_effect()
         place = exact.ENTRY * (ENTRIES[0][0] if self.entry is None else self.entry)
         first = min(range(len(self.thresholds)), key=lambda k: abs(self.shares[k] - place))
         for k in range(first, len(self.thresholds)):
@@ -319,7 +336,8 @@ class Slices:
             differ = n - round(sum(self.agreed[: k + 1]))
             # A threshold was set by one of those that it lets in, which is no evidence about its slice; that one is
             # taken to have agreed.
-            if exact.p_value(differ, n - (self.thresholds[k] > 0.0), self.limit) > level:
+            n -= self.thresholds[k] > 0.0
+            if exact.p_value(math.ceil(differ / effect), math.floor(n / effect), self.limit) > level:
                 break
             self.tested = (first, k)
         return self.tested is not None
@@ -392,11 +410,12 @@ class Slices:
     def _stands(self) -> list[tuple[float, float]]:
         """(wealth, needed) of every slice, by the target that is farther from its certificate."""
         tests: list[list[tuple[float, float]]] = []
+        effect = self.dependence.design_effect()
         if self.served:
-            worth = [wealth(self.log_capital(k)) for k in range(len(self.bands))]
+            worth = [discounted(wealth(self.log_capital(k)), effect) for k in range(len(self.bands))]
             tests.append(list(zip(worth, self.needed(), strict=True)))
         if self.overall is not None:
-            tests.append([(worth, 1.0 / self.delta) for worth in self.overall.wealths()])
+            tests.append([(discounted(worth, effect), 1.0 / self.delta) for worth in self.overall.wealths()])
         return [min(of_slice, key=lambda stand: stand[0] / stand[1]) for of_slice in zip(*tests, strict=True)]
 
     def peak(self, k: int) -> float:
@@ -427,15 +446,15 @@ class Slices:
         self.test_level = stake * self.exact_share * self.delta
         self.settle()
 
-    def replay(self, comparisons: Iterable[tuple[float, float, float, float]]) -> None:
-        """Bet (confidence, score, x, weight) of the comparisons that set the grid.
+    def replay(self, comparisons: Iterable[tuple[float, float, float, float, bool]]) -> None:
+        """Bet (confidence, score, x, weight, repeats) of the comparisons that set the grid, in the order of requests.
 
         Of those that share a threshold's confidence exactly one set it, and exactly one does not bet on it.
         """
         setters = set(self.thresholds)
         level, self.test_level = self.test_level, 0.0  # the test is made of all of them
-        for confidence, score, x, weight in comparisons:
-            self.add(confidence, score, x, weight, sets=confidence in setters)
+        for confidence, score, x, weight, repeats in comparisons:
+            self.add(confidence, score, x, weight, sets=confidence in setters, repeats=repeats)
             setters.discard(confidence)
         self.test_level = level
         self.settle()
@@ -458,6 +477,7 @@ class Slices:
             "entry": self.entry,
             "served": self.served,
             "limit": self.limit,
+            "dependence": self.dependence.dump(),
             "exact": [self.exact_share, self.test_level, self.plain, self.tested],
             "overall": None if self.overall is None else {**self.overall.dump(), "winds": self.overall_winds},
         }
@@ -475,6 +495,8 @@ class Slices:
         slices.limit = data.get("limit")
         slices.exact_share, slices.test_level, slices.plain, tested = data.get("exact", (0.0, 0.0, False, None))
         slices.tested = None if tested is None else (tested[0], tested[1])
+        if "dependence" in data:
+            slices.dependence = Dependence.load(data["dependence"])
         overall = data.get("overall")
         if overall is not None:
             slices.overall, slices.overall_winds = Overall.load(overall), overall["winds"]

@@ -28,7 +28,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-__all__ = ["LAMBDAS", "LOG_PRIOR", "PRIOR", "excess", "log_stakes", "wealth"]
+__all__ = ["LAMBDAS", "LOG_PRIOR", "PRIOR", "discounted", "excess", "log_stakes", "wealth"]
 
 LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 PRIOR = (0.02, 0.03, 0.06, 0.12, 0.18, 0.22, 0.22, 0.15)
@@ -59,3 +59,11 @@ def wealth(log_capital: Sequence[float]) -> float:
         return sum(map(math.exp, log_capital))
     except OverflowError:
         return math.inf
+
+
+def discounted(wealth: float, design_effect: float) -> float:
+    """What ``wealth`` is worth where ``design_effect`` comparisons say as much as one: its root of that order.
+
+    Log wealth grows with the number of comparisons, so it is as if there were that many fewer. Below 1 it stays.
+    """
+    return wealth ** (1.0 / design_effect) if wealth > 1.0 else wealth

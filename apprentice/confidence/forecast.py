@@ -99,7 +99,7 @@ def widenings(slices: Slices, *, rate: float, served: int | None, room: float, s
     if slices.served:
         times = _handed_on(slices, first, paces)
     if slices.overall is not None:
-        needed = math.log(1.0 / slices.delta)
+        needed = math.log(1.0 / slices.delta) * slices.dependence.design_effect()
         capital = slices.overall.log_capital()
         peaks = slices.overall.peaks
         latest = 0.0
@@ -189,6 +189,7 @@ def _handed_on(slices: Slices, first: int, paces: Sequence[Sequence[Pace] | None
     A slice is certified by its own share of the error, or later with that of those before it.
     """
     needed = slices.needed()
+    effect = slices.dependence.design_effect()
     sums = list(accumulate(slices.bands, _plus))
     times: list[float] = []
     passed, since = 0.0, 0.0
@@ -198,9 +199,9 @@ def _handed_on(slices: Slices, first: int, paces: Sequence[Sequence[Pace] | None
             continue
         capital = _plus(slices.bases[k], sums[k])
         share = 1.0 / (needed[k] * slices.delta) if needed[k] < math.inf else 0.0
-        t = _until(capital, pace, math.log(needed[k]) if share else math.inf)
+        t = _until(capital, pace, effect * math.log(needed[k]) if share else math.inf)
         if passed and t > since:
-            t = min(t, max(since, _until(capital, pace, -math.log((share + passed) * slices.delta))))
+            t = min(t, max(since, _until(capital, pace, -effect * math.log((share + passed) * slices.delta))))
         times.append(t)
         # What it holds goes on when it is certified; if it never is, it keeps it.
         if t < math.inf:

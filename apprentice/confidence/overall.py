@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from apprentice.confidence.certify import LOG_PRIOR, PRIOR, log_stakes, wealth
+from apprentice.confidence.certify import LOG_PRIOR, PRIOR, discounted, log_stakes, wealth
 
 __all__ = ["Overall"]
 
@@ -69,9 +69,10 @@ class Overall:
         """What the capital of every slice is worth now."""
         return [wealth(capital) for capital in self.log_capital()]
 
-    def settle(self) -> None:
-        """Look at every slice, and certify what has proved itself."""
-        self.peaks = [max(peak, worth) for peak, worth in zip(self.peaks, self.wealths(), strict=True)]
+    def settle(self, design_effect: float = 1.0) -> None:
+        """Look at every slice, and certify what has proved itself; see `certify.discounted`."""
+        worths = [discounted(worth, design_effect) for worth in self.wealths()]
+        self.peaks = [max(peak, worth) for peak, worth in zip(self.peaks, worths, strict=True)]
         for k, peak in enumerate(self.peaks):
             if peak * self.delta < 1.0:
                 break

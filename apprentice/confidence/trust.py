@@ -492,20 +492,25 @@ class Trust:
         events = [] if why is None else [Event(EventKind.UNSCORED, {"unscored": self.unscored, "why": why})]
         for one in seen:
             self._count(one)
-        self.slices = self._bet(seen)
+        self.slices = self._bet(seen, repeats)
         if repeats:
-            self.firsts = self._bet(seen, without=repeats)
+            self.firsts = self._bet(seen, repeats, bet=False)
         return events
 
-    def _bet(self, seen: Sequence[Seen], *, without: Sequence[Seen] = (), after: Slices | None = None) -> Slices:
-        """Slices of the traffic that these are a sample of, after all of them but ``without`` have bet.
+    def _bet(
+        self, seen: Sequence[Seen], repeats: Sequence[Seen] = (), *, bet: bool = True, after: Slices | None = None
+    ) -> Slices:
+        """Slices of the traffic that these are a sample of, after they have bet, in the order of their requests.
 
+        ``repeats`` are those of them whose requests were like recent ones: whether these ``bet``, too.
         ``after`` are those of a predecessor that they are to replace: one error holds for both.
         """
         slices = self._new_slices(seen, after)
-        idle = {id(one) for one in without}
+        again = {id(one) for one in repeats}
         slices.replay(
-            (one.confidence, one.score, self._excess(one, one.score), one.weight) for one in seen if id(one) not in idle
+            (one.confidence, one.score, self._excess(one, one.score), one.weight, id(one) in again)
+            for one in seen
+            if bet or id(one) not in again
         )
         return slices
 
@@ -516,7 +521,7 @@ class Trust:
             self.firsts = Slices.load(self.slices.dump())
         x = self._excess(seen, seen.score)
         for slices in self._tests if first else (self.slices,):
-            slices.add(seen.confidence, seen.score, x, seen.weight)
+            slices.add(seen.confidence, seen.score, x, seen.weight, repeats=not first)
 
     @property
     def _tests(self) -> list[Slices]:
@@ -669,6 +674,7 @@ class Trust:
             "comparisons": round(self.slices.weight(k), 1),
             "by": "exact test" if any(slices.is_tested(k) for slices in self._tests) else "bets",
             "wealth": float(f"{min(slices.peak(k) for slices in self._tests):.4g}"),
+            "design_effect": round(max(slices.dependence.design_effect() for slices in self._tests), 2),
             "delta": self.settings.delta,
         }
         events = [Event(EventKind.CERTIFIED, evidence)]

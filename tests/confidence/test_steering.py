@@ -196,9 +196,9 @@ def test_coaching_lasts_while_its_detector_still_speaks():
 
 def test_a_state_from_before_there_were_limits():
     """It loads with fresh detectors and is otherwise what it was; one with them comes back whole, at today's ARL."""
-    world = World(0.97, DISAGREEMENT)
+    world = World(0.98, DISAGREEMENT)
     world.promote(seed=300)
-    world.requests(300)
+    world.requests(600)
     assert world.trust.limits.since > 0
     text = world.trust.dumps()
     assert Trust.loads(text, DISAGREEMENT).dumps() == text

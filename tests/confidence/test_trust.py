@@ -186,7 +186,7 @@ def test_an_emergency_hands_everything_back():
     world.requests(500)
     assert world.trust.phase is Phase.SHADOW
     world.agreement = 0.99
-    world.requests(800)
+    world.requests(1200)
     assert world.trust.phase is Phase.SERVE
 
 

@@ -69,6 +69,8 @@ def test_a_due_run_ends_with_a_champion(home: Any, trainer: Any) -> None:
     seeded = home.store.comparisons("mood", version=result.version)
     assert len(seeded) == result.held_out
     assert all(c.seeded for c in seeded)
+    came = [example.id for example in home.store.examples("mood")]
+    assert [c.request_id for c in reversed(seeded)] == sorted((c.request_id for c in seeded), key=came.index)
     shop.close()
 
 
