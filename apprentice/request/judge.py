@@ -39,7 +39,7 @@ from apprentice.evaluators import Evaluation, Evaluator, build_evaluator
 from apprentice.events import kinds
 from apprentice.events.emitter import QUIET_S
 from apprentice.events.kinds import Level
-from apprentice.lifecycle.changes import remote_change
+from apprentice.lifecycle.changes import changed_at, remote_change
 from apprentice.local.engine import LocalAnswer
 from apprentice.request.time_limit import TimeLimit, TookTooLong
 from apprentice.schemas.schema import Schema
@@ -410,10 +410,13 @@ class Judge:
         While the champion is under alarm or in coaching, or knows nothing of today's target, it begins with them.
 
         A version that was champion before goes on from all that it had earned, for as long as that is remembered and
-        the target is the same; the evaluator is not asked then. Where it fails or takes too long, the gate's promotion
-        raises `EvaluatorError`, and a person's takes effect all the same: the version begins with no evidence. The
-        champion, its policy, the comparisons and the events change in one transaction. Who wanted it, and since which
-        promotion nobody else may have: see `Store.promote`.
+        the target is the same; the evaluator is not asked then. If all of it was earned before the last change that an
+        alarm dates, it begins with its held-out comparisons like a new one.
+
+        Where the evaluator fails or takes too long, the gate's promotion raises `EvaluatorError`, and a person's takes
+        effect all the same: the version begins with no evidence. The champion, its policy, the comparisons and the
+        events change in one transaction. Who wanted it, and since which promotion nobody else may have: see
+        `Store.promote`.
         """
         if carries is not None and not carries >= 0.0:
             raise ValueError(f"carries must be a sampling rate of at least 0, not {carries}")
@@ -421,7 +424,8 @@ class Judge:
         if carries is not None:
             inherits = self._heritage(self._store.policy_row(task), self._store.policy_row(task, version)) is not None
             carries = carries if inherits else None
-        weighed, begun = self._weighed_seed(task, version, seed, must=how == "gate")
+        resumes = self._resumes(task, version)
+        weighed, begun = self._weighed_seed(task, version, () if resumes else seed, must=how == "gate")
 
         def change(before: TaskState, own: TaskState) -> StateChange:
             phase = Phase(before.phase)
@@ -434,7 +438,7 @@ class Judge:
                 records = ()  # the same comparisons as before, in other words
                 events = trust.succeed(weighed, carries=carries)
                 due = before.training_due  # a refit is not the training that was asked for
-            elif Trust.is_evidence(own.trust, settings):
+            elif resumes and Trust.is_evidence(own.trust, settings):
                 trust, records = Trust.loads(own.trust, settings), ()
                 events = trust.resumed(before=phase)
             else:
@@ -451,6 +455,14 @@ class Judge:
         except Stale:  # an alarm came in between: the version begins with its held-out comparisons
             return self.promote(task, version, seed, attempts=attempts, reason=reason, how=how, by=by, since=since)
 
+    def _resumes(self, task: str, version: str) -> bool:
+        """Whether a version has evidence of its own that is worth anything: of today's target and today's traffic."""
+        if not Trust.is_evidence(self._store.policy_row(task, version).trust, self._settings[task]):
+            return False
+        changed = changed_at(self._store, task)
+        newest = self._store.comparisons(task, version=version, limit=1)
+        return changed is None or not newest or newest[0].created_at >= changed
+
     def _heritage(self, before: TaskState, own: TaskState) -> Trust | None:
         """A copy of the champion's trust for its successor; None where that has its own, or may not go on from it."""
         settings = self._settings[before.task]
@@ -463,9 +475,9 @@ class Judge:
     def _weighed_seed(
         self, task: str, version: str, seed: Sequence[ComparisonRecord], *, must: bool
     ) -> tuple[Seed, Sequence[ComparisonRecord]]:
-        """The held-out comparisons that a version's trust begins with, weighed; nothing where it has begun before."""
+        """The held-out comparisons that a version's trust begins with, weighed."""
         settings = self._settings[task]
-        if not seed or Trust.is_evidence(self._store.policy_row(task, version).trust, settings):
+        if not seed:
             return Seed(0, (), ()), ()
         # A person who rolls back does not wait for as many calls of a slow evaluator as a gate does.
         times = len(seed) if must else 1

@@ -26,7 +26,7 @@ from apprentice.events import kinds
 from apprentice.local.engine import LocalAnswer
 from apprentice.request.judge import Judge
 from apprentice.request.time_limit import TimeLimit, TookTooLong
-from apprentice.store import ComparisonRecord, ExampleRecord, Store, VersionRecord
+from apprentice.store import ComparisonRecord, EventRecord, ExampleRecord, Store, VersionRecord
 from apprentice.testing import FakeVendor, Fault
 from tests.conftest import LABELS, Workbench, settings, truth
 
@@ -502,3 +502,20 @@ def test_an_input_that_comes_again_bets_no_second_time(bench: Bench) -> None:
     state = json.loads(at.store.policy_row("mood").trust)
     bets, first_bets = (sum(state[name]["weights"]) for name in ("slices", "firsts"))
     assert (bets, first_bets) == (82.0, 81.0)
+
+
+def test_what_was_earned_before_a_change_brings_nobody_back(tmp_path: Path) -> None:
+    """After an alarm about its successor a version begins with the held-out comparisons, and goes on from these."""
+    configured, store, judge = _lineage(tmp_path)
+    with store:
+        earned = judge.figures("mood", "mood-v1").comparisons
+        judge.promote("mood", "mood-v2", Workbench.seed("mood-v2", 120), reason="test")
+        alarm = EventRecord("alarm", "mood", "emergency", "warning", {"version": "mood-v2"}, time.time())
+        store.update_state("mood", lambda state: state.change(events=[alarm]), version="mood-v2")
+        back = judge.promote("mood", "mood-v1", Workbench.seed("mood-v1", 30), reason="rolled back", how="rollback")
+        assert back.sampling_rate == 1.0
+        assert judge.figures("mood", "mood-v1").comparisons == 30 < earned
+        compare(judge, configured, 300, at=time.time())
+        judge.promote("mood", "mood-v2", [], reason="forth", how="rollback")
+        judge.promote("mood", "mood-v1", Workbench.seed("mood-v1", 30), reason="and back", how="rollback")
+        assert judge.figures("mood", "mood-v1").comparisons == 31
