@@ -23,14 +23,17 @@
         └── ChosenMeanwhile    a person has chosen another champion since
 
 Messages say what went wrong, with which value, and what to do about it. None of them holds a secret: whatever text an
-error is made of is scrubbed (`apprentice.secrets`) when it is made.
+error is made of is scrubbed (`apprentice.secrets`) when it is made. All of them travel between processes (pickle, which
+multiprocessing, Celery and Prefect use), with their attributes, their causes and their notes.
 """
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime
 from decimal import Decimal
+from typing import Any
 
 from apprentice.secrets import scrub
 
@@ -65,6 +68,30 @@ class ApprenticeError(Exception):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(scrub(argument) if isinstance(argument, str) else argument for argument in args))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is rebuilt from `args`, which here are the message: not what the constructors of ours take. What
+        # Python keeps beside the attributes, the cause, would be lost too.
+        state = {name: _portable(value) for name, value in self.__dict__.items()}
+        chain = _portable(self.__cause__), _portable(self.__context__), self.__suppress_context__
+        return _rebuilt, (type(self), self.args, chain), state
+
+
+def _rebuilt(cls: type[ApprenticeError], args: tuple[object, ...], chain: tuple[Any, Any, bool]) -> ApprenticeError:
+    error = cls.__new__(cls, *args)
+    error.__cause__, error.__context__, error.__suppress_context__ = chain
+    return error
+
+
+def _portable(value: Any) -> Any:
+    """The value; an exception of somebody else that does not survive pickling as one of ours that says the same."""
+    if not isinstance(value, BaseException) or isinstance(value, ApprenticeError):
+        return value
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:  # noqa: BLE001  # whatever a foreign class makes of it
+        return ApprenticeError(f"{type(value).__name__}: {value}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
