@@ -5,7 +5,9 @@ Every answer that is no output has one shape: `{"error": {"type", "message"}}`.
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -33,6 +35,9 @@ from apprentice.schemas.json_values import InvalidValue, NotJson, read_json
 __all__ = ["create_app"]
 
 _log = secrets.logger("apprentice")
+_TASKS = "/v1/tasks/"
+# What stands for a value of a type in a request that is shown; for any other "...".
+_PLACES: dict[str, Any] = {"integer": 0, "number": 0.5, "boolean": True, "array": [], "object": {}}
 
 
 def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
@@ -75,8 +80,10 @@ def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def explain_http(request: Request, error: HTTPException) -> JSONResponse:
-        where = f"{request.method} {request.url.path}"
-        return _error(error.status_code, "HTTPError", f"{where}: {error.detail}", dict(error.headers or {}))
+        words = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 405 and request.url.path.startswith(_TASKS):
+            words += _how_to_ask(request)
+        return _error(error.status_code, "HTTPError", words, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def explain_bug(request: Request, error: Exception) -> JSONResponse:
@@ -84,6 +91,22 @@ def create_app(open_client: Callable[[], AsyncApprentice]) -> FastAPI:
         return _error(500, type(error).__name__, "failed unforeseen; the server's log says how")
 
     return app
+
+
+def _how_to_ask(request: Request) -> str:
+    """The request to make instead, for a shell; its input has the fields of the task, if there is one of that name."""
+    name = request.path_params["name"]
+    fields: dict[str, Any] = {"FIELD": "VALUE"}
+    for task in request.app.state.apprentice.parts.settings.tasks:
+        if task.name == name:
+            properties = task.input_schema.json_schema.get("properties", {})
+            fields = {field: _place(properties[field]) for field in task.input_schema.fields}
+    body = shlex.quote(json.dumps(fields, ensure_ascii=False))
+    return f". Send the input as a JSON object: curl -X POST {shlex.quote(str(request.url))} -d {body}"
+
+
+def _place(node: Any) -> Any:
+    return _PLACES.get(str(node.get("type")), "...") if isinstance(node, dict) else "..."
 
 
 def _translate(error: ApprenticeError) -> tuple[int, str, str, dict[str, str]]:

@@ -402,11 +402,12 @@ class Teacher:
     def _why_not(self, limits: Limits, now: float, wait_s: float) -> Failure:
         asked = limits.paused(now)
         if asked is None:
-            what = "requests_per_minute or tokens_per_minute in apprentice.yaml"
-            return Failure(f"{what} allow no call before the deadline", after_s=wait_s)
+            limits_set = "requests_per_minute and tokens_per_minute in apprentice.yaml"
+            return Failure(f"{limits_set} leave no room for this call before its deadline", after_s=wait_s)
         rest_s, why = asked
-        until = datetime.fromtimestamp(self._clock() + rest_s, UTC).isoformat(timespec="seconds")
-        return Failure(f"it asked for no call before {until} ({why})", 429, throttled=True)
+        until = f"{datetime.fromtimestamp(self._clock() + rest_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        said = f"an earlier request was told to wait until {until} ({why}), so this one was not sent"
+        return Failure(said, 429, throttled=True)
 
     @staticmethod
     def _remember_output(source: _Source, task: TaskSettings, written: int) -> None:

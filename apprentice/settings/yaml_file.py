@@ -146,7 +146,8 @@ def _repeated_keys(node: yaml.Node, path: str, seen: set[int] | None = None) -> 
             continue
         here = f"{path}.{key.value}".removeprefix(".")
         if key.value in first:
-            yield Problem(here, f"stands here and in line {first[key.value]}.", "Keep one of them.", line)
+            where = "in this line" if first[key.value] == line else f"first in line {first[key.value]}, and again here"
+            yield Problem(here, f"is written twice, {where}.", "Keep one of the two.", line)
         first.setdefault(key.value, line)
         yield from _repeated_keys(value, here, seen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -122,6 +123,28 @@ def test_bad_requests_say_what_is_wrong(
     assert response.status_code == status
     assert response.json()["error"]["type"] == kind
     assert response.json()["error"]["message"]
+
+
+def test_who_gets_a_task_is_shown_the_post_to_make(serve: Callable[..., TestClient]) -> None:
+    """A browser's GET is the first thing that people try: the answer's curl command, run as it stands, is answered."""
+    client = serve()
+    for method in ("GET", "PUT", "DELETE"):
+        refused = client.request(method, "/v1/tasks/mood")
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+        message = refused.json()["error"]["message"]
+        assert message.startswith(
+            f"{method} /v1/tasks/mood: Method Not Allowed. Send the input as a JSON object: curl "
+        )
+    curl, post, verb, url, flag, body = shlex.split(message[message.index("curl") :])
+    assert (curl, post, verb, flag) == ("curl", "-X", "POST", "-d")
+    assert client.post(url, content=body).json()["output"] == {"label": "joy"}
+    other = client.get("/v1/tasks/it's").json()["error"]["message"]
+    assert shlex.split(other[other.index("curl") :])[3:] == [
+        "http://testserver/v1/tasks/it's",
+        "-d",
+        '{"FIELD": "VALUE"}',
+    ]
+    assert "curl" not in client.post("/healthz").json()["error"]["message"]
 
 
 def test_a_spent_budget_says_when_to_come_back(serve: Callable[..., TestClient]) -> None:

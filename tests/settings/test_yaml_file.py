@@ -90,12 +90,15 @@ GOOD = HEAD.replace("SCHEMA", "{label: a | b}")
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (GOOD.encode() + b"budget: {daily: 5, daily: 500}\n", "budget.daily (line 7): stands here and in line 7"),
+        (
+            GOOD.encode() + b"budget: {daily: 5, daily: 500}\n",
+            "budget.daily (line 7): is written twice, in this line. Keep one",
+        ),
         (
             GOOD.encode() + b"budget:\n  daily: 5\nlocal: {}\nbudget:\n  weekly: 9\n",
-            "budget (line 10): stands here and in",
+            "budget (line 10): is written twice, first in line 7, and again here. Keep one of the two.",
         ),
-        (GOOD.replace("text: str", "text: str, text: int").encode(), "input_schema.text (line 4): stands here"),
+        (GOOD.replace("text: str", "text: str, text: int").encode(), "input_schema.text (line 4): is written twice"),
         (GOOD.encode("utf-16"), "file: is UTF-16. Save it as UTF-8."),
         (GOOD.encode() + "# café\n".encode("latin-1"), "file (line 7): is not UTF-8: byte 0xe9, 'é' in Latin-1."),
         (GOOD.encode() + b"store: 'a\x07b'\n", "file (line 7): holds the control character U+0007"),
