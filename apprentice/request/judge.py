@@ -265,6 +265,7 @@ class Judge:
             served=served,
             group="" if value is None else group_of(Schema.dumps(value)),
             created_at=at,
+            answered_by=local.answered_by,
         )
         failure: Exception | None = None
         try:

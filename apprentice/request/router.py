@@ -430,7 +430,8 @@ class Router:
         self._watch(request, local, unverified=unverified)
         if outcome == "degraded":  # that a cap is used up has been told, once, by whoever keeps it
             self._alerts.emit(EventKind.ANSWERED_LOCALLY_DEGRADED, request.task.name, {"request": request.id})
-        self._tally.add(request.task.name, answer.version, outcome, self._age_s(request))
+        age_s = self._age_s(request)
+        self._tally.add(request.task.name, answer.version, outcome, age_s, answered_by=answer.answered_by)
         return Result(request.id, answer.output)
 
     def _compare(self, request: _Request, remote: RemoteAnswer, local: LocalAnswer) -> None:

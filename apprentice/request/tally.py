@@ -24,7 +24,7 @@ _log = secrets.logger("apprentice")
 
 
 class Tally:
-    """Counts answers by task, day, version and outcome. One thread, started by the first count, writes them.
+    """Counts answers by task, day, version, outcome and half. One thread, started by the first count, writes them.
 
     ``day`` gives today's date, in the zone in which money is counted too. ``chore`` is done after each writing, by the
     same thread, and again a little later for as long as it returns True.
@@ -35,17 +35,17 @@ class Tally:
         self._day = day
         self._chore = chore
         self._lock = threading.Lock()
-        self._counts: defaultdict[tuple[str, str, str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+        self._counts: defaultdict[tuple[str, str, str, str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._writer: threading.Thread | None = None
 
-    def add(self, task: str, version: str, outcome: str, latency_s: float) -> None:
-        """Count one request. Costs a dictionary entry; never touches the disk."""
-        day = self._day()
+    def add(self, task: str, version: str, outcome: str, latency_s: float, *, answered_by: str = "") -> None:
+        """Count one request. Costs a dictionary entry; never touches the disk. For ``answered_by`` see `Count`."""
+        key = task, self._day(), version, outcome, answered_by
         with self._lock:
-            n, total = self._counts[task, day, version, outcome]
-            self._counts[task, day, version, outcome] = (n + 1, total + latency_s)
+            n, total = self._counts[key]
+            self._counts[key] = (n + 1, total + latency_s)
         self.wake()
 
     def wake(self) -> None:
@@ -66,8 +66,8 @@ class Tally:
         if not taken:
             return
         rows = [
-            Count(task=task, day=day, version=version, outcome=outcome, n=n, latency_s=total)
-            for (task, day, version, outcome), (n, total) in taken.items()
+            Count(task=task, day=day, version=version, outcome=outcome, n=n, latency_s=total, answered_by=half)
+            for (task, day, version, outcome, half), (n, total) in taken.items()
         ]
         try:
             self._store.add_counts(rows)

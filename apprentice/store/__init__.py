@@ -3,11 +3,13 @@
 from apprentice.store.database import within
 from apprentice.store.records import (
     CapWindow,
+    Compared,
     ComparisonRecord,
     Count,
     EventRecord,
     ExampleRecord,
     ExampleTotals,
+    HalfTotals,
     Held,
     Lease,
     Reservation,
@@ -26,11 +28,13 @@ from apprentice.store.store import Store
 
 __all__ = [
     "CapWindow",
+    "Compared",
     "ComparisonRecord",
     "Count",
     "EventRecord",
     "ExampleRecord",
     "ExampleTotals",
+    "HalfTotals",
     "Held",
     "Lease",
     "Reservation",

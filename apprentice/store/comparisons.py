@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select
+from sqlalchemy import bindparam, func, insert, select
 
+from apprentice.confidence.correlation import effective_size
 from apprentice.store.database import Transaction
 from apprentice.store.examples import dumps
-from apprentice.store.records import ComparisonRecord
+from apprentice.store.records import Compared, ComparisonRecord
 from apprentice.store.tables import comparisons
 
-__all__ = ["add", "newest", "overbought", "recent_disagreements"]
+__all__ = ["add", "by_half", "newest", "overbought", "recent_disagreements"]
 
 _insert = insert(comparisons)
 _columns = [c for c in comparisons.columns if c.name != "seq"]
@@ -37,6 +39,26 @@ _overbought = select(comparisons.c.request_id, comparisons.c.sampling_rate, comp
     comparisons.c.seeded == 0,
     comparisons.c.sampling_rate < comparisons.c.probability,
 )
+_weight = 1.0 / comparisons.c.probability
+# Held-out answers are none that a caller could have got, and what has no score agrees with nothing.
+_by_half = (
+    select(
+        comparisons.c.task,
+        comparisons.c.answered_by,
+        comparisons.c.served,
+        func.count(),
+        func.sum(_weight),
+        func.sum(_weight * comparisons.c.score),
+        func.sum(_weight * _weight),
+    )
+    .where(
+        comparisons.c.seeded == 0,
+        comparisons.c.score.is_not(None),
+        comparisons.c.probability > 0,
+        comparisons.c.created_at >= bindparam("b_since"),
+    )
+    .group_by(comparisons.c.task, comparisons.c.answered_by, comparisons.c.served)
+)
 
 
 def add(tx: Transaction, records: Iterable[ComparisonRecord]) -> None:
@@ -56,6 +78,7 @@ def add(tx: Transaction, records: Iterable[ComparisonRecord]) -> None:
             "served": int(r.served),
             "seeded": int(r.seeded),
             "created_at": r.created_at,
+            "answered_by": r.answered_by,
         }
         tx.run(_insert, row)
 
@@ -88,3 +111,22 @@ def overbought(tx: Transaction, task: str, request_ids: Container[str]) -> dict[
     while rows := cursor.fetchmany(10_000):
         found.update((row[0], (row[1], row[2])) for row in rows if row[0] in request_ids)
     return found
+
+
+def by_half(tx: Transaction, since: float) -> dict[tuple[str, str], tuple[Compared, Compared]]:
+    """(task, half) -> what it was trusted with, and everything that was compared since then (Unix seconds)."""
+    sums: defaultdict[tuple[str, str], dict[int, tuple[float, ...]]] = defaultdict(dict)
+    for task, half, served, *of in tx.run(_by_half, {"b_since": since}).fetchall():
+        sums[task, half][served] = tuple(of)
+    return {
+        key: (_compared(parts.get(1, _NOTHING)), _compared([sum(both) for both in zip(*parts.values(), strict=True)]))
+        for key, parts in sums.items()
+    }
+
+
+_NOTHING = (0, 0.0, 0.0, 0.0)
+
+
+def _compared(sums: Sequence[float]) -> Compared:
+    n, weight, agreed, squares = sums
+    return Compared(int(n), agreed / weight, effective_size(weight, squares)) if weight > 0.0 else Compared()

@@ -353,6 +353,13 @@ def create_second_answers(op: Operations) -> None:
     op.create_index("second_answers_id", "second_answers", ["id"], unique=True)
 
 
+def tell_halves_apart(op: Operations) -> None:
+    """Which half of the student answered. Of answers from before, and of older processes, nobody knows."""
+    keys = [Column(name, Text, primary_key=True) for name in ("task", "day", "version", "answered_by")]
+    op.create_table("local_answers", *keys, *_wholes("n"), sqlite_with_rowid=False)
+    op.add_column("comparisons", Column("answered_by", Text, nullable=False, server_default=""))
+
+
 _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_tasks,
     create_examples,
@@ -369,6 +376,7 @@ _STEPS: tuple[Callable[[Operations], None], ...] = (
     create_promotions,
     tell_kinds_of_runs,
     create_second_answers,
+    tell_halves_apart,
 )
 LATEST = len(_STEPS)
 

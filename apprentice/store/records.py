@@ -19,11 +19,13 @@ from apprentice.events.kinds import Level
 __all__ = [
     "CapChanges",
     "CapWindow",
+    "Compared",
     "ComparisonRecord",
     "Completed",
     "Count",
     "EventRecord",
     "ExampleRecord",
+    "HalfTotals",
     "Lease",
     "Reservation",
     "RunRecord",
@@ -68,12 +70,16 @@ class ExampleRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRecord(Comparison):
-    """A comparison with what it belongs to. ``seq`` is given by the store."""
+    """A comparison with what it belongs to. ``seq`` is given by the store.
+
+    ``answered_by`` is the half of the student that gave the local answer (see `LocalAnswer`), "" where nobody said.
+    """
 
     task: str
     request_id: str
     version: str
     created_at: float
+    answered_by: str = ""
     seq: int = 0
 
 
@@ -189,7 +195,9 @@ class TaskState:
 class Count:
     """``n`` requests of one outcome on one day. ``day`` is a date such as "2026-03-01"; ``version`` "" for none.
 
-    Outcomes: remote, local, spot_check, shadow, deferred, degraded, failed.
+    Outcomes: remote, local, budget, degraded, spot_check, shadow, deferred, failed; local_failed is beside that of the
+    request itself. ``answered_by`` is taken in and not read back (`Store.halves` has it): the half of the student that
+    gave these answers, "" where callers got the remote's.
     """
 
     task: str
@@ -198,6 +206,33 @@ class Count:
     outcome: str
     n: int = 1
     latency_s: float = 0.0
+    answered_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HalfTotals:
+    """What one half of a student did for a task; see `AnsweredBy`, and "" for answers of which nobody said.
+
+    ``answers`` of it reached callers. Where the remote answered as well: ``checks`` compares what it was trusted with
+    (without the spot check the caller would have got it), ``compared`` everything.
+    """
+
+    task: str
+    answered_by: str
+    answers: int
+    checks: Compared
+    compared: Compared
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """``n`` scored comparisons, and their agreement as the traffic has it: each weighs 1 / p, with p the probability
+    with which it was bought. None of none. ``effective`` is how many equally weighted ones say as much (Kish 1965).
+    """
+
+    n: int = 0
+    agreement: float | None = None
+    effective: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

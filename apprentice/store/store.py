@@ -36,12 +36,14 @@ from apprentice.store.migrations import contract, migrate
 from apprentice.store.records import (
     CapChanges,
     CapWindow,
+    Compared,
     ComparisonRecord,
     Completed,
     Count,
     EventRecord,
     ExampleRecord,
     ExampleTotals,
+    HalfTotals,
     Held,
     Lease,
     PromotedBy,
@@ -306,6 +308,18 @@ class Store:
         """The counters of a task, or all, from a day ("2026-03-01") on."""
         with self._read() as tx:
             return counts.counted(tx, task, since)
+
+    def halves(self, *, since_day: str = "", since: float = 0.0) -> list[HalfTotals]:
+        """What each half of the students did: answers from a day on, comparisons since a moment (Unix seconds).
+
+        Looks at every comparison since then: for reports.
+        """
+        with self._read() as tx:
+            answers, compared = counts.by_half(tx, since_day), comparisons.by_half(tx, since)
+        nothing = (Compared(), Compared())
+        return [
+            HalfTotals(*key, answers.get(key, 0), *compared.get(key, nothing)) for key in sorted({*answers, *compared})
+        ]
 
     # versions
 

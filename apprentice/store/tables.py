@@ -19,6 +19,7 @@ __all__ = [
     "example_totals",
     "examples",
     "leases",
+    "local_answers",
     "metadata",
     "promotions",
     "runs",
@@ -101,6 +102,7 @@ comparisons = Table(
     Column("served", Integer, nullable=False),
     Column("seeded", Integer, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("answered_by", Text, nullable=False, server_default=""),  # head, lora or both; "" where nobody said
 )
 Index("comparisons_task", comparisons.c.task, comparisons.c.seq)
 Index("comparisons_version", comparisons.c.task, comparisons.c.version, comparisons.c.seq)
@@ -151,6 +153,19 @@ counts = Table(
     Column("outcome", Text, primary_key=True),
     Column("n", BigInteger, nullable=False),
     Column("latency_s", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Which half of the student gave the answers that callers got from the local model: counted beside `counts`, so that who
+# sums up requests need not know of halves.
+local_answers = Table(
+    "local_answers",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("day", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("answered_by", Text, primary_key=True),
+    Column("n", BigInteger, nullable=False),
     sqlite_with_rowid=False,
 )
 

@@ -17,6 +17,7 @@ from apprentice.confidence.phases import Phase
 from apprentice.errors import StoreError
 from apprentice.store import (
     CapWindow,
+    Compared,
     ComparisonRecord,
     Count,
     EventRecord,
@@ -214,6 +215,44 @@ def test_a_deferred_answer_was_overbought_and_a_spot_check_was_not(store: Store)
     seeded, other = replace(comparison(3, 1.0), seeded=True), comparison(4, 1.0)
     store.update_state("a", lambda s: s.change(comparisons=[deferred, checked, seeded, other]))
     assert store.overbought("a", {"r1", "r2", "r3"}) == {"r1": (0.25, 0.5)}
+
+
+def test_halves_add_up(store: Store) -> None:
+    """Answers by day, comparisons by time: weighted by one over p, those that were trusted apart, held-out ones out."""
+    store.ensure_tasks(["a"])
+    store.add_counts(
+        [
+            Count("a", "2026-03-01", "v1", "local", 3, answered_by="head"),
+            Count("a", "2026-03-01", "v1", "degraded", 1, answered_by="head"),
+            Count("a", "2026-03-02", "v1", "local", 2, answered_by="both"),
+            Count("a", "2026-03-02", "v1", "deferred", 9),
+        ]
+    )
+    store.add_counts([Count("a", "2026-03-02", "v2", "local", 5, answered_by="head")])
+    bought = [
+        replace(comparison(n, score), answered_by=half, served=served, probability=p, seeded=seeded)
+        for n, (score, half, served, p, seeded) in enumerate(
+            [
+                (1.0, "head", True, 0.5, False),
+                (0.0, "head", True, 0.25, False),
+                (0.5, "head", False, 1.0, False),
+                (0.0, "head", True, 0.5, True),
+                (None, "head", True, 0.5, False),
+                (1.0, "lora", False, 1.0, False),
+            ]
+        )
+    ]
+    store.update_state("a", lambda s: s.change(comparisons=bought))
+    head, both, lora = (next(h for h in store.halves() if h.answered_by == half) for half in ("head", "both", "lora"))
+    assert (head.answers, both.answers, lora.answers) == (9, 2, 0)
+    assert head.checks == Compared(2, pytest.approx(2 / 6), pytest.approx(36 / 20))
+    assert head.compared == Compared(3, pytest.approx(2.5 / 7), pytest.approx(49 / 21))
+    assert both.compared == Compared() == lora.checks
+    assert lora.compared == Compared(1, 1.0, 1.0)
+    later = {half.answered_by: half for half in store.halves(since_day="2026-03-02", since=2.0)}
+    assert (later["head"].answers, later["head"].compared.n, later["both"].answers) == (5, 1, 2)
+    assert {c.outcome: c.n for c in store.counts("a")} == {"local": 5, "degraded": 1, "deferred": 9}
+    assert [c.answered_by for c in store.comparisons("a")] == ["lora", *["head"] * 5]
 
 
 def test_counts_add_up(store: Store) -> None:
