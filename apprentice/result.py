@@ -64,6 +64,10 @@ class TaskStatus:
     """A sentence that says so, where that is less than a target asks for."""
     max_bad_answers: float | None = None
     """How many bad answers a fall of agreement may cost until it is noticed; the floor follows from it."""
+    chosen: str | None = None
+    """Who made this version the champion, and why, where a person did (`apprentice promote`, `rollback`, MLflow)."""
+    why: str | None = None
+    """What keeps the task from serving more, beside evidence that is still to come; None where nothing else does."""
     forecast: Widening | None = None
     """What it is expected to take until more is served; None where what was compared supports no forecast."""
     forecast_cost: Decimal | None = None

@@ -36,13 +36,18 @@ class Scope:
 class Promise:
     """A share of answers that may differ from the remote's, and the share that does, as far as checks could tell.
 
-    ``realised`` is unbiased for served answers (see `Figures.accepted_agreement`); for all answers it is that times the
-    coverage of today. None before any check.
+    ``realised`` is unbiased for served answers (see `Figures.accepted_agreement`). Of all answers it is that times the
+    share of the served ones among those since the version began to serve: the remote's own cannot differ. None before
+    any check. ``low`` and ``high`` are its 95 % interval, Wilson's (1927) on the effective number (Kish 1965) of
+    ``checks`` that weigh 1 / p each; None in states of which an older Apprentice kept too little.
     """
 
     what: str
     at_most: float
     realised: float | None
+    low: float | None = None
+    high: float | None = None
+    checks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from typing import Any
 
 from apprentice.confidence.acceptance import Slice, Slices, grid, promising
 from apprentice.confidence.certify import excess
-from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, wilson
+from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, effective_size, wilson
 from apprentice.confidence.drift import Guard
 from apprentice.confidence.figures import Figures, PolicyNumbers, Promise, Scope, scope
 from apprentice.confidence.forecast import Widening, widenings, worthwhile
@@ -112,6 +112,11 @@ class Trust:
         self.unverified = 0.0
         self.checked_excess = 0.0
         self.checked_level: float | None = None
+        # Spot checks, and sums of their weights 1 / p and of the squares of these: what the interval is made of.
+        self.checks = 0
+        self.check_weights = self.check_squares = 0.0
+        # Answers while serving, deferred ones included, that a check could have met; None where nobody counted them.
+        self.answered: float | None = 0.0
         self._rebuild_window()
 
     # -- making one, keeping it ------------------------------------------------------------------------------------
@@ -163,6 +168,10 @@ class Trust:
                 "unverified": self.unverified,
                 "checked_excess": self.checked_excess,
                 "checked_level": self.checked_level,
+                "checks": self.checks,
+                "check_weights": self.check_weights,
+                "check_squares": self.check_squares,
+                "answered": self.answered,
             },
             separators=(",", ":"),
             ensure_ascii=False,
@@ -198,6 +207,10 @@ class Trust:
             setattr(trust, name, data[name])
         trust.accepted, trust.unverified = float(data["served_count"]), data.get("unverified", 0.0)
         trust.requests = data.get("requests", trust.comparisons)
+        for name in ("checks", "check_weights", "check_squares"):
+            setattr(trust, name, data.get(name, 0))
+        # States from before they were counted: None, unless nothing was served yet.
+        trust.answered = data.get("answered", None if trust.accepted else 0.0)
         trust.slices = None if data["slices"] is None else Slices.load(data["slices"])
         # States from before there were groups have none.
         trust.firsts = None if data.get("firsts") is None else Slices.load(data["firsts"])
@@ -306,6 +319,8 @@ class Trust:
         self.unverified += answers
         if accepted:
             self.accepted -= answers
+        if self.answered is not None and self.phase is Phase.SERVE:
+            self.answered -= answers if accepted else 1.0
 
     def promoted(
         self, seed: Sequence[Comparison], evaluate: Evaluator, draw: random.Random, *, attempts: int = 1
@@ -443,6 +458,8 @@ class Trust:
             self.requests += 1
             accepted = seen.served and self.phase is Phase.SERVE
             self.accepted += accepted
+            if self.answered is not None:
+                self.answered += self.phase is Phase.SERVE
             if seen.unverified > 0.0:
                 self._leave_out(seen.unverified, accepted=accepted)
             if self.phase is not Phase.SERVE and self.watcher.detectors:
@@ -614,7 +631,11 @@ class Trust:
         """One spot check of the served slice: the unbiased estimate, and the guard."""
         if self.checked_level is None:
             self.checked_level = seen.score if self.guard is None else self.guard.detector.level
-        self.checked_excess += (seen.score - self.checked_level) / max(probability, 1e-9)
+        weight = 1.0 / max(probability, 1e-9)
+        self.checked_excess += (seen.score - self.checked_level) * weight
+        self.checks += 1
+        self.check_weights += weight
+        self.check_squares += weight * weight
         if self.guard is None or self.alarmed:
             return []
         change = self.guard.add(seen.score)
@@ -847,14 +868,33 @@ class Trust:
     def _promises(self) -> list[Promise]:
         """What is promised of the answers, and how it turned out since the promotion."""
         settings, agreement = self.settings, self.accepted_agreement
-        differs = None if agreement is None else 1.0 - agreement
-        promises = []
-        if settings.max_disagreement is not None:
-            promises.append(Promise("served answers that differ", settings.max_disagreement, differs))
-        if settings.max_disagreement_overall is not None:
-            overall = None if differs is None else self.coverage * differs
-            promises.append(Promise("all answers that differ", settings.max_disagreement_overall, overall))
-        return promises
+        promised = (
+            ("served answers that differ", settings.max_disagreement, 1.0),
+            ("all answers that differ", settings.max_disagreement_overall, self._accepted_share()),
+        )
+        if agreement is None:
+            return [Promise(what, at_most, None) for what, at_most, _ in promised if at_most is not None]
+        low: float | None = None
+        high: float | None = None
+        if self.checks:
+            size = effective_size(self.check_weights, self.check_squares)
+            low, high = wilson(min(1.0, max(0.0, 1.0 - agreement)), size)
+        return [
+            Promise(
+                what,
+                at_most,
+                share * (1.0 - agreement),
+                None if low is None else share * low,
+                None if high is None else share * high,
+                self.checks,
+            )
+            for what, at_most, share in promised
+            if at_most is not None
+        ]
+
+    def _accepted_share(self) -> float:
+        """Of the answers since it began to serve, those above the threshold; coverage, where they were not counted."""
+        return min(1.0, self.accepted / self.answered) if self.answered else self.coverage
 
     def _scope(self, weighted: Sequence[tuple[Seen, float]]) -> Scope:
         tallies: dict[str, Tally] = {"": Tally()}

@@ -1,12 +1,13 @@
-"""What was spent and what was saved: by task, provider, model and day, where it is going, and how it looks.
+"""What was spent and what was saved: by task, provider, model and day, which half of the student did it, how it looks.
 
 `cost_report` reads the store into plain data; the rest writes that data as a table, JSON, CSV or one HTML page with a
 picture. The words:
 
 - spent: what is billed, and the worst case of calls that may have been billed (``uncertain``);
 - held: what calls in flight may cost at most. It is not spent, and in no sum of what is;
-- price: what the task's remote answers cost on average, repairs and failed attempts included;
-- avoided: what the remote would have cost for the answers that the local model gave, at that price;
+- price: what a remote answer to the task cost on a day, repairs and failed attempts included, as the ledger has it (see
+  `_Prices`): a vendor that is cheaper today does not make what was avoided last year worth less;
+- avoided: what the remote would have cost for the answers that the local model gave, at each day's price;
 - saved: avoided, less what the local machine costs per hour.
 
 A task without a remote answer has no price: what its local answers avoided is unknown, not zero, and so are the sums.
@@ -33,10 +34,12 @@ from zoneinfo import ZoneInfo
 import click
 
 from apprentice.confidence.ceiling import sentence
+from apprentice.confidence.correlation import wilson
+from apprentice.confidence.figures import Promise
 from apprentice.money.budget import NEVER, Budget, CapState
 from apprentice.request.judge import Judge, trust_settings
 from apprentice.settings.config import Settings
-from apprentice.store import Count, SpendRow, Store
+from apprentice.store import Compared, Count, HalfTotals, SpendRow, Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,8 +47,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CostReport",
     "DayCost",
+    "HalfShare",
     "Spend",
     "TaskCost",
+    "TaskPromise",
     "as_csv_text",
     "as_html",
     "as_json_text",
@@ -55,15 +60,25 @@ __all__ = [
 
 LOCAL_OUTCOMES = frozenset({"local", "degraded", "budget"})
 """Outcomes of requests that the local model alone answered."""
+_REMOTE_OUTCOMES = frozenset({"remote", "shadow", "spot_check", "deferred"})
+"""Outcomes of requests that the remote answered."""
+HALVES = {"head": "head", "lora": "adapter", "both": "both", "": "unknown"}
+"""Which half of the student gave an answer, in words, in the order in which they are shown."""
 
+_ANSWERS_OF_A_PRICE = 30
+"""A day's price is that of the last so many remote answers, or of all that day's where these are more."""
 _RECENT_DAYS = 7
+_DAYS_SHOWN = 30  # in a terminal
 _DAY_S = 86_400.0
 _CENT = Decimal("0.01")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskCost:
-    """One task. ``price`` is that of a remote answer. The local machine serves all tasks, and is in no task's line."""
+    """One task. The local machine serves all tasks, and is in no task's line.
+
+    ``price`` is that of a remote answer: the mean over what was avoided, or the last one where nothing was.
+    """
 
     task: str
     requests: int
@@ -73,6 +88,34 @@ class TaskCost:
     held: Decimal
     price: Decimal | None
     avoided: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class HalfShare:
+    """What one half of a task's student contributed: "head", "lora" (the adapter), "both", "" where nobody said.
+
+    ``answers`` of it were returned to callers. ``checks`` compare answers that it was trusted with, ``compared`` all of
+    its answers that the remote answered too, shadowed and deferred ones included. The agreements are weighted as the
+    traffic has such answers; ``low`` and ``high`` are the 95 % interval of that of the checks (Wilson's).
+    """
+
+    task: str
+    half: str
+    answers: int
+    checks: int
+    agreement: float | None
+    low: float | None
+    high: float | None
+    compared: int
+    compared_agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPromise:
+    """What a task's configuration promises of the answers, and how it turned out; as of now, since the promotion."""
+
+    task: str
+    promise: Promise
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +150,8 @@ class CostReport:
     """The whole report. Money in USD; ``uncertain`` is the part of ``spent`` that may not have been billed.
 
     ``asked_again`` is the part of ``spent`` for asking the remote once more what it had answered. ``ceilings`` says how
-    often each task's remote agrees with itself, a sentence for each of which that is known. Like ``held`` and ``caps``
-    it is as of now, whatever the report's first day is.
+    often each task's remote agrees with itself, a sentence for each of which that is known. Like ``held``, ``caps`` and
+    ``promises`` it is as of now, whatever the report's first day is. ``last_request_day`` looks at earlier days, too.
     """
 
     since: str
@@ -129,6 +172,9 @@ class CostReport:
     caps: tuple[CapState, ...]
     calls: tuple[SpendRow, ...]
     ceilings: tuple[str, ...] = ()
+    halves: tuple[HalfShare, ...] = ()
+    promises: tuple[TaskPromise, ...] = ()
+    last_request_day: str | None = None
 
 
 def parse_since(text: str | None, today: date) -> date | None:
@@ -154,11 +200,14 @@ def cost_report(
     today = datetime.fromtimestamp(now, zone).date()
     start = parse_since(since, today)
     first_day = start.isoformat() if start else ""
-    calls = store.spend(since=first_day)
-    counts = store.counts(since=first_day)
+    every_call, every_count = store.spend(), store.counts()
+    calls = [row for row in every_call if row.day >= first_day]
+    counts = [c for c in every_count if c.day >= first_day]
     held = {row.task: row.amount for row in store.held()}
-    prices = _prices(store, store.spend() if start else calls)
-    tasks = _by_task(calls, counts, held, prices)
+    prices = _Prices(every_call, every_count)
+    tasks = _by_task(calls, counts, held, prices, today.isoformat())
+    halves = store.halves(since_day=first_day, since=_midnight(start, zone) if start else 0.0)
+    judge = Judge(settings, store, clock, random.Random(0))
     days = _by_day(calls, counts, prices, settings.local.cost_per_hour, now, zone)
     task_caps = {t.name: t.budget for t in settings.tasks}
     caps = Budget(store, settings.budget, task_caps, clock=clock, looks_only=True).remaining()
@@ -182,15 +231,25 @@ def cost_report(
         days=days,
         caps=tuple(caps),
         calls=tuple(calls),
-        ceilings=tuple(_ceilings(store, settings, clock)),
+        ceilings=tuple(_ceilings(judge, settings)),
+        halves=tuple(_by_half(halves, tasks)),
+        promises=tuple(_promises(store, judge, settings)),
+        last_request_day=max((c.day for c in every_count if _is_request(c)), default=None),
     )
 
 
-def _ceilings(store: Store, settings: Settings, clock: Callable[[], float]) -> Iterable[str]:
+def _promises(store: Store, judge: Judge, settings: Settings) -> Iterable[TaskPromise]:
+    """What is promised of the answers of every task that has a champion."""
+    policies = store.policies()
+    for task in settings.tasks:
+        if task.name in policies and policies[task.name].champion is not None:
+            yield from (TaskPromise(task.name, promise) for promise in judge.figures(task.name).promises)
+
+
+def _ceilings(judge: Judge, settings: Settings) -> Iterable[str]:
     """What every task's remote makes of a second question, where it was asked one."""
     from apprentice.operate.status import ceiling_line
 
-    judge = Judge(settings, store, clock, random.Random(0))
     for task in settings.tasks:
         ceiling = judge.ceiling(task.name)
         if ceiling is not None:
@@ -208,29 +267,82 @@ def _sum_known(amounts: Iterable[Decimal | None]) -> Decimal | None:
     return total
 
 
-def _prices(store: Store, calls: Iterable[SpendRow]) -> dict[str, Decimal]:
-    """What a remote answer to each task cost on average, whatever calls it took."""
-    cost: defaultdict[str, Decimal] = defaultdict(Decimal)
-    for row in calls:
-        if row.is_answering:
-            cost[row.task] += row.cost
-    answers = {task: store.example_totals(task).ever for task in cost}
-    return {task: cost[task] / answers[task] for task in cost if answers[task]}
+class _Prices:
+    """What a remote answer to each task cost on each day, whatever calls it took: read from the ledger.
+
+    Once a task is served, few of a day's requests are answered by the remote, and one that was dear should not price
+    thousands. So a day with less than `_ANSWERS_OF_A_PRICE` remote answers borrows from the days before it, as long as
+    the same models answered there, and where there is none, from the first that follow.
+    """
+
+    def __init__(self, calls: Iterable[SpendRow], counts: Iterable[Count]) -> None:
+        self._costs: defaultdict[str, defaultdict[str, Decimal]] = defaultdict(lambda: defaultdict(Decimal))
+        self._models: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+        self._answers: defaultdict[tuple[str, str], int] = defaultdict(int)
+        for row in calls:
+            if row.is_answering:
+                self._costs[row.task][row.day] += row.cost
+                if row.state == "settled":
+                    self._models[row.task, row.day].add((row.provider, row.model))
+        for c in counts:
+            if c.outcome in _REMOTE_OUTCOMES:
+                self._answers[c.task, c.day] += c.n
+        self._known: dict[tuple[str, str], Decimal | None] = {}
+
+    def on(self, task: str, day: str) -> Decimal | None:
+        """The price of an answer to the task on a day; None for a task that the remote never answered."""
+        if (task, day) not in self._known:
+            days = sorted(self._costs[task])
+            price = self._mean(task, [one for one in reversed(days) if one <= day])
+            self._known[task, day] = price if price is not None else self._mean(task, [d for d in days if d > day])
+        return self._known[task, day]
+
+    def avoided(self, c: Count) -> Decimal | None:
+        """What answers that were counted as local would have cost."""
+        price = self.on(c.task, c.day)
+        return None if price is None else price * c.n
+
+    def _mean(self, task: str, days: Iterable[str]) -> Decimal | None:
+        cost, answers = Decimal(0), 0
+        models: set[tuple[str, str]] = set()
+        for day in days:
+            if answers and self._models[task, day] and models.isdisjoint(self._models[task, day]):
+                break
+            cost += self._costs[task][day]
+            answers += self._answers[task, day]
+            models = models or self._models[task, day]
+            if answers >= _ANSWERS_OF_A_PRICE:
+                break
+        return cost / answers if answers else None
 
 
-def _avoided(price: Decimal | None, local_answers: int) -> Decimal | None:
-    return Decimal(0) if not local_answers else None if price is None else price * local_answers
+def _by_half(totals: Sequence[HalfTotals], tasks: Sequence[TaskCost]) -> Iterable[HalfShare]:
+    """A line for each half that answered or was compared; answers of which nobody said whose they are, last."""
+    for task in tasks:
+        mine = {one.answered_by: one for one in totals if one.task == task.task}
+        unknown = task.local_answers - sum(one.answers for one in mine.values())
+        for half in HALVES:
+            one = mine.get(half, HalfTotals(task.task, half, 0, Compared(), Compared()))
+            answers = one.answers if half else max(0, unknown)
+            if not answers and not one.compared.n:
+                continue
+            a = one.checks.agreement
+            low, high = (None, None) if a is None else wilson(a, one.checks.effective)
+            compared = one.compared
+            yield HalfShare(task.task, half, answers, one.checks.n, a, low, high, compared.n, compared.agreement)
 
 
 def _by_task(
-    calls: Sequence[SpendRow], counts: Sequence[Count], held: Mapping[str, Decimal], prices: Mapping[str, Decimal]
+    calls: Sequence[SpendRow], counts: Sequence[Count], held: Mapping[str, Decimal], prices: _Prices, today: str
 ) -> tuple[TaskCost, ...]:
     found = []
     for task in sorted({row.task for row in calls} | {c.task for c in counts} | set(held)):
         mine = [row for row in calls if row.task == task]
         asked = sum(c.n for c in counts if c.task == task and _is_request(c))
-        local = sum(c.n for c in counts if c.task == task and c.outcome in LOCAL_OUTCOMES)
-        price = prices.get(task)
+        answered = [c for c in counts if c.task == task and c.outcome in LOCAL_OUTCOMES]
+        local = sum(c.n for c in answered)
+        avoided = _sum_known(map(prices.avoided, answered))
+        price = avoided / local if avoided is not None and local else prices.on(task, today)
         found.append(
             TaskCost(
                 task,
@@ -240,7 +352,7 @@ def _by_task(
                 sum((row.cost for row in mine), Decimal(0)),
                 held.get(task, Decimal(0)),
                 price,
-                _avoided(price, local),
+                avoided,
             )
         )
     return tuple(found)
@@ -271,7 +383,7 @@ def _by_model(calls: Sequence[SpendRow]) -> tuple[Spend, ...]:
 def _by_day(
     calls: Sequence[SpendRow],
     counts: Sequence[Count],
-    prices: Mapping[str, Decimal],
+    prices: _Prices,
     cost_per_hour: Decimal,
     now: float,
     zone: ZoneInfo,
@@ -283,7 +395,7 @@ def _by_day(
         today = [c for c in counts if c.day == day]
         asked = sum(c.n for c in today if _is_request(c))
         local = [c for c in today if c.outcome in LOCAL_OUTCOMES]
-        avoided = _sum_known(_avoided(prices.get(c.task), c.n) for c in local)
+        avoided = _sum_known(map(prices.avoided, local))
         machine = _local_cost(day, cost_per_hour, now, zone) if day in local_days else Decimal(0)
         machine += sum((row.cost for row in calls if row.day == day and row.is_hosted), Decimal(0))
         saved = None if avoided is None else avoided - machine
@@ -370,12 +482,14 @@ def money(amount: Decimal | None) -> str:
 
 
 def _sentence(report: CostReport) -> str:
+    if not report.requests and not report.calls:
+        return _what_to_do(report)
     share = report.local_answers / report.requests if report.requests else 0.0
     saved = f"saved {money(report.saved)}"
     if report.local_cost:
         saved += f" after {money(report.local_cost)} for the local machine"
     sentence = (
-        f"{report.since} to {report.until}: {report.requests:,} requests, {share:.0%} answered locally; "
+        f"{_days(report)}: {report.requests:,} requests, {share:.0%} answered locally; "
         f"spent {money(report.spent)}, {saved}. At this pace the month ends at {money(report.month_projection)}."
     )
     if report.uncertain:
@@ -387,61 +501,121 @@ def _sentence(report: CostReport) -> str:
     return sentence
 
 
+def _days(report: CostReport) -> str:
+    return report.since if report.since == report.until else f"{report.since} to {report.until}"
+
+
+def _what_to_do(report: CostReport) -> str:
+    """The sentence of a report on days without a request or a call."""
+    last = report.last_request_day
+    if last is not None:
+        return (
+            f"{_days(report)}: 0 requests; the last one was on {last}. To see those days: "
+            f"apprentice report --since {last}"
+        )
+    return (
+        "0 requests: this store holds none yet. Ask one, from Python (Apprentice.from_config, then run) or over HTTP "
+        "(apprentice serve), or replay recorded traffic (apprentice replay LOGS --task TASK). If there should be some, "
+        "see whether `store` in apprentice.yaml names the right database."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """One table of the report, for a terminal and a page alike; ``text`` says how many columns hold words."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: int = 1
+    note: str = ""
+
+
+def _sections(report: CostReport) -> Iterable[_Section]:
+    """Tasks, halves, models and caps, as far as there is anything to show."""
+    tasks = [
+        [t.task, f"{t.requests:,}", f"{t.local_answers:,}", f"{t.calls:,}", *map(money, (t.spent, t.price, t.avoided))]
+        for t in report.tasks
+    ]
+    columns: Sequence[str]
+    if tasks:
+        columns = ("task", "requests", "local", "calls", "spent", "per answer", "avoided")
+        yield _Section("By task", columns, tasks)
+    if report.halves:
+        columns = ("task", "by", "answers", "share", "checks", "agreed", "compared", "agreed")
+        note = (
+            "By the head alone, the adapter alone, or both together. Checks: of answers that it was trusted with, with "
+            "a 95 % interval; compared: whatever the remote answered too, deferred requests included."
+        )
+        yield _Section("Answered locally", columns, list(_half_rows(report)), text=2, note=note)
+    models = [
+        [f"{m.provider} {m.model}", f"{m.calls:,}", money(m.spent), f"{m.input_tokens:,}", f"{m.output_tokens:,}"]
+        for m in report.models
+    ]
+    if models:
+        yield _Section("By model", ("model", "calls", "spent", "tokens in", "tokens out"), models)
+    caps = [
+        [
+            f"{c.scope or 'all tasks'} {c.period}",
+            *map(money, (c.cap, c.spent, c.reserved, c.remaining)),
+            "never" if c.resets_at == NEVER else f"{c.resets_at:%Y-%m-%d %H:%M %Z}",
+        ]
+        for c in report.caps
+    ]
+    if caps:
+        yield _Section("Caps", ("cap", "limit", "spent", "held", "left", "resets"), caps)
+
+
+def _half_rows(report: CostReport) -> Iterable[list[str]]:
+    answers: defaultdict[str, int] = defaultdict(int)
+    for one in report.halves:
+        answers[one.task] += one.answers
+    for one in report.halves:
+        share = one.answers / answers[one.task] if answers[one.task] else 0.0
+        checked, compared = "-", "-" if one.compared_agreement is None else f"{one.compared_agreement:.1%}"
+        if one.agreement is not None and one.low is not None and one.high is not None:
+            checked = f"{one.agreement:.1%} ({100 * one.low:.0f}-{100 * one.high:.0f})"
+        figures = f"{one.answers:,}", f"{share:.0%}", f"{one.checks:,}", checked, f"{one.compared:,}", compared
+        yield [one.task, HALVES[one.half], *figures]
+
+
+def _words(report: CostReport) -> list[str]:
+    """What stands above the tables, a paragraph each."""
+    from apprentice.operate.status import promise_words
+
+    promised = [f"{one.task}: {promise_words(one.promise)}" for one in report.promises]
+    if any(one.promise.checks for one in report.promises):
+        promised.append("Each check weighs one over the rate at which it was drawn: it stands for those that were not.")
+    return [_sentence(report), *promised, *report.ceilings]
+
+
 def as_table(report: CostReport) -> RenderableType:
-    """For the terminal: tasks, models, caps, and the cost per 1,000 requests day by day."""
+    """For the terminal: the words, the tables, and the cost per 1,000 requests day by day."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-        made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for n, column in enumerate(columns):
-            made.add_column(column, justify="left" if n == 0 else "right")
-        for row in rows:
-            made.add_row(*row)
+    def table(section: _Section) -> Table:
+        made = Table(title=section.title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        for n, column in enumerate(section.columns):
+            made.add_column(column, justify="left" if n < section.text else "right", overflow="fold")
+        for row in section.rows:
+            made.add_row(*map(Text, row))  # no markup: names of models are other people's words
         return made
 
-    parts: list[RenderableType] = [Text(_sentence(report)), *map(Text, report.ceilings), Text()]
-    columns = ["task", "requests", "local", "calls", "spent", "per answer", "avoided"]
-    lines = (
-        [
-            t.task,
-            f"{t.requests:,}",
-            f"{t.local_answers:,}",
-            f"{t.calls:,}",
-            money(t.spent),
-            money(t.price),
-            money(t.avoided),
+    parts: list[RenderableType] = [*map(Text, _words(report))]
+    for section in _sections(report):
+        parts += [Text(), table(section), *([Text(section.note, style="dim")] if section.note else [])]
+    if report.days:
+        most = max((d.per_thousand for d in report.days if d.per_thousand is not None), default=Decimal(0))
+        shown = [
+            [d.day, f"{d.requests:,}", *map(money, (d.spent, d.saved, d.per_thousand)), _bar(d.per_thousand, most)]
+            for d in report.days[-_DAYS_SHOWN:]
         ]
-        for t in report.tasks
-    )
-    parts += [table("By task", columns, lines), Text()]
-    models = (
-        [f"{m.provider} {m.model}", f"{m.calls:,}", money(m.spent), f"{m.input_tokens:,}", f"{m.output_tokens:,}"]
-        for m in report.models
-    )
-    parts += [table("By model", ["model", "calls", "spent", "tokens in", "tokens out"], models), Text()]
-    most = max((d.per_thousand for d in report.days if d.per_thousand is not None), default=Decimal(0))
-    shown = [
-        [d.day, f"{d.requests:,}", money(d.spent), money(d.saved), money(d.per_thousand), _bar(d.per_thousand, most)]
-        for d in report.days[-30:]
-    ]
-    days = table("By day", ["day", "requests", "spent", "saved", "per 1,000", ""], shown)
-    days.columns[-1].justify = "left"
-    parts.append(days)
-    if report.caps:
-        caps = (
-            [
-                f"{c.scope or 'all tasks'} {c.period}",
-                money(c.cap),
-                money(c.spent),
-                money(c.reserved),
-                money(c.remaining),
-                "never" if c.resets_at == NEVER else f"{c.resets_at:%Y-%m-%d %H:%M %Z}",
-            ]
-            for c in report.caps
-        )
-        parts += [Text(), table("Caps", ["cap", "limit", "spent", "held", "left", "resets"], caps)]
+        columns = ("day", "requests", "spent", "saved", "per 1,000", "")
+        days = table(_Section("By day", columns, shown))
+        days.columns[-1].justify = "left"
+        parts += [Text(), days]
     return Group(*parts)
 
 
@@ -452,8 +626,33 @@ def _bar(value: Decimal | None, most: Decimal) -> str:
 # ---------------------------------------------------------------- as a page
 
 
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --page: #ffffff; --faint: #6b7280; --rule: #d4d4d4; --line: #2563eb }
+@media (prefers-color-scheme: dark) {
+:root { --ink: #e5e5e5; --page: #17181a; --faint: #9ca3af; --rule: #404246; --line: #7aa5ff }
+}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
+body { color: var(--ink); background: var(--page) }
+table { border-collapse: collapse; margin: .5rem 0 .5rem }
+td, th { padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums }
+td.w, th.w { text-align: left }
+th { border-bottom: 1px solid var(--faint); font-weight: 600 }
+h2 { margin-top: 2rem }
+.note { color: var(--faint); font-size: .9em; margin-top: 0 }
+svg { width: 100%; height: auto; font-size: 12px }
+svg text { fill: var(--ink) }
+svg .rule { stroke: var(--rule) }
+svg polyline { fill: none; stroke-width: 2 }
+.paid { stroke: var(--line); fill: var(--line) }
+.would { stroke: var(--faint); fill: var(--faint) }
+svg text.paid, svg text.would { stroke: none }
+svg text.paid { fill: var(--line) }
+svg text.would { fill: var(--faint) }
+"""
+
+
 def as_html(report: CostReport) -> str:
-    """One self-contained page: the sentence, two pictures, the tables."""
+    """One self-contained page, light or dark as the reader's system is: the words, two pictures, the tables."""
     per_thousand = [(d.day, d.per_thousand) for d in report.days if d.per_thousand is not None]
     spent, without = Decimal(0), Decimal(0)
     paid: list[tuple[str, Decimal]] = []
@@ -463,52 +662,52 @@ def as_html(report: CostReport) -> str:
         without += d.spent + (d.avoided or Decimal(0))
         paid.append((d.day, spent))
         would.append((d.day, without))
-    rows = "".join(
-        f"<tr><td>{escape(t.task)}</td><td>{t.requests:,}</td><td>{t.local_answers:,}</td><td>{t.calls:,}</td>"
-        f"<td>{money(t.spent)}</td><td>{money(t.price)}</td><td>{money(t.avoided)}</td></tr>"
-        for t in report.tasks
-    )
-    models = "".join(
-        f"<tr><td>{escape(m.provider)} {escape(m.model)}</td><td>{m.calls:,}</td><td>{money(m.spent)}</td>"
-        f"<td>{m.input_tokens:,}</td><td>{m.output_tokens:,}</td></tr>"
-        for m in report.models
-    )
+    pictures = ""
+    if report.days:
+        pictures = f"""<h2>Cost per 1,000 requests</h2>
+{_picture([("cost per 1,000 requests", "paid", per_thousand)])}
+<h2>Spent, and what it would have been without Apprentice</h2>
+{_picture([("spent", "paid", paid), ("without Apprentice", "would", would)])}"""
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Apprentice: cost report</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-table {{ border-collapse: collapse; margin: .5rem 0 2rem }}
-td, th {{ padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums }}
-td:first-child, th:first-child {{ text-align: left }}
-th {{ border-bottom: 1px solid #999; font-weight: 600 }}
-svg {{ width: 100%; height: auto }}
-</style>
+<meta name="viewport" content="width=device-width">
+<style>{_STYLE}</style>
 <h1>Cost report</h1>
-<p>{escape(_sentence(report))}</p>
-{"".join(f"<p>{escape(line)}</p>" for line in report.ceilings)}
-<h2>Cost per 1,000 requests</h2>
-{_picture([("cost per 1,000 requests", "#2563eb", per_thousand)])}
-<h2>Spent, and what it would have been without Apprentice</h2>
-{_picture([("spent", "#2563eb", paid), ("without Apprentice", "#9ca3af", would)])}
-<h2>By task</h2>
-<table><tr><th>task<th>requests<th>local<th>calls<th>spent<th>per answer<th>avoided</tr>{rows}</table>
-<h2>By model</h2>
-<table><tr><th>model<th>calls<th>spent<th>tokens in<th>tokens out</tr>{models}</table>
+{"".join(f"<p>{escape(words)}</p>" for words in _words(report))}
+{pictures}
+{"".join(map(_html_table, _sections(report)))}
 </html>
 """
 
 
+def _html_table(section: _Section) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        marks = (" class=w" if n < section.text else "" for n in range(len(cells)))
+        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+
+    head = f"<tr>{row(section.columns, 'th')}</tr>"
+    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in section.rows)
+    note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
+    return f"<h2>{escape(section.title)}</h2>\n<table>{head}{body}</table>{note}\n"
+
+
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 800, 240, 70, 30, 30
+_BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT = 26, 170, 120
+
+type _Line = tuple[str, str, Sequence[tuple[str, Decimal]]]
+"""Its name, its class in `_STYLE`, its amounts by day."""
 
 
-def _picture(lines: Sequence[tuple[str, str, Sequence[tuple[str, Decimal]]]]) -> str:
-    """Lines over days, as SVG. Days are spaced by the calendar, amounts from zero."""
+def _picture(lines: Sequence[_Line]) -> str:
+    """Lines over days, as SVG. Days are spaced by the calendar, amounts from zero. One day alone is drawn as bars."""
     days = sorted({day for _, _, points in lines for day, _ in points})
-    if not days:
-        return "<p>Nothing recorded yet.</p>"
     most = max((amount for _, _, points in lines for _, amount in points), default=Decimal(0)) or Decimal(1)
+    if not days:
+        return "<p>No request in these days.</p>"
+    if len(days) == 1:
+        return _bars(days[0], lines, most)
     first = date.fromisoformat(days[0])
-    span = max((date.fromisoformat(days[-1]) - first).days, 1)
+    span = (date.fromisoformat(days[-1]) - first).days
 
     def x(day: str) -> float:
         return _LEFT + (_WIDTH - _LEFT - 20) * (date.fromisoformat(day) - first).days / span
@@ -516,19 +715,31 @@ def _picture(lines: Sequence[tuple[str, str, Sequence[tuple[str, Decimal]]]]) ->
     def y(amount: Decimal) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * float(max(amount, Decimal(0)) / most)
 
-    drawn = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="12" fill="#444">']
+    drawn = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
     for mark in (Decimal(0), most / 2, most):
         level = f"{y(mark):.1f}"
-        drawn.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{level}" y2="{level}" stroke="#ddd"/>')
+        drawn.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{level}" y2="{level}"/>')
         drawn.append(f'<text x="{_LEFT - 8}" y="{level}" dy="4" text-anchor="end">{money(mark)}</text>')
-    for n, (name, colour, points) in enumerate(lines):
+    for n, (name, kind, points) in enumerate(lines):
         path = " ".join(f"{x(day):.1f},{y(amount):.1f}" for day, amount in points)
-        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        drawn += [f'<circle cx="{x(day):.1f}" cy="{y(a):.1f}" r="2.5" fill="{colour}"/>' for day, a in points]
-        drawn.append(f'<text x="{_LEFT + n * 180}" y="16" fill="{colour}">{escape(name)}</text>')
+        drawn.append(f'<polyline class="{kind}" style="fill:none" points="{path}"/>')
+        drawn += [f'<circle class="{kind}" cx="{x(day):.1f}" cy="{y(a):.1f}" r="2.5"/>' for day, a in points]
+        drawn.append(f'<text class="{kind}" x="{_LEFT + n * 180}" y="16">{escape(name)}</text>')
     drawn.append(f'<text x="{_LEFT}" y="{_HEIGHT - 8}">{days[0]}</text>')
     drawn.append(f'<text x="{_WIDTH - 20}" y="{_HEIGHT - 8}" text-anchor="end">{days[-1]}</text></svg>')
     return "".join(drawn)
+
+
+def _bars(day: str, lines: Sequence[_Line], most: Decimal) -> str:
+    """A line through one point shows nothing: each amount as a bar, with its name before it and its size behind it."""
+    height = _TOP + _BAR_HEIGHT * len(lines)
+    drawn = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img"><text x="0" y="16">on {day}</text>']
+    for n, (name, kind, ((_, amount),)) in enumerate(lines):
+        top, width = _TOP + n * _BAR_HEIGHT, float(max(amount, Decimal(0)) / most) * (_WIDTH - _BAR_LEFT - _BAR_RIGHT)
+        drawn.append(f'<text x="{_BAR_LEFT - 10}" y="{top + 14}" text-anchor="end">{escape(name)}</text>')
+        drawn.append(f'<rect class="{kind}" x="{_BAR_LEFT}" y="{top}" width="{width:.1f}" height="{_BAR_HEIGHT - 8}"/>')
+        drawn.append(f'<text x="{_BAR_LEFT + width + 8:.1f}" y="{top + 14}">{money(amount)}</text>')
+    return "".join(drawn) + "</svg>"
 
 
 def run_command(

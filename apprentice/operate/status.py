@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apprentice.confidence.ceiling import Ceiling, sentence
-from apprentice.confidence.phases import Phase
+from apprentice.confidence.figures import Figures, Promise
+from apprentice.confidence.phases import Phase, Signal
+from apprentice.events.kinds import EventKind
 from apprentice.lifecycle.unattended import waits_for_coach
 from apprentice.operate.check import sqlite_path
 from apprentice.request.judge import Judge, trust_settings
 from apprentice.result import TaskStatus
 from apprentice.settings.config import Settings, load_settings
 from apprentice.store import SpendRow, Store
+from apprentice.store.records import PromotionRecord
+from apprentice.student.halves import halves_wanted
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -28,6 +32,7 @@ __all__ = [
     "ceiling_line",
     "forecast_words",
     "open_existing",
+    "promise_words",
     "recent_price",
     "run_command",
     "status_page",
@@ -67,12 +72,16 @@ def _status(
     alert = store.latest_alert(task)
     correlation, agreement = scope.correlation, scope.agreement
     forecast, price = figures.forecast, recent_price(calls)
-    ceiling = judge.ceiling(task)
+    ceiling, examples = judge.ceiling(task), store.example_totals(task).kept
+    promotions = store.promotions(task)
+    promoted = promotions[-1] if promotions else None
+    chosen = None if promoted is None or promoted.how == "gate" else _chosen(promoted)
+    promoted_at = 0.0 if promoted is None else promoted.at
     return TaskStatus(
         task=task,
         phase=state.phase,
         champion=state.champion,
-        examples=store.example_totals(task).kept,
+        examples=examples,
         comparisons=figures.comparisons,
         correlation=correlation.value if correlation else None,
         correlation_interval=(correlation.low, correlation.high) if correlation else None,
@@ -93,19 +102,80 @@ def _status(
         ceiling=ceiling,
         out_of_reach=None if ceiling is None else sentence(ceiling, trust_settings(settings, settings.task(task))),
         max_bad_answers=settings.sampling.max_bad_answers,
+        chosen=chosen,
+        why=_why_not_more(settings, store, task, figures, examples, chosen, promoted_at),
         forecast=forecast,
         forecast_cost=None if forecast is None or price is None else price * Decimal(round(forecast.comparisons)),
     )
 
 
+def _chosen(last: PromotionRecord) -> str:
+    """Who chose the champion, and why."""
+    left = f" from {last.previous}" if last.previous else ""
+    did = f"went back to {last.version}{left}" if last.how == "rollback" else f"chose {last.version}"
+    return f"{last.by or 'a person'} {did} on {_at(last.at)}: {last.reason or 'no reason given'}"
+
+
+def _why_not_more(
+    settings: Settings,
+    store: Store,
+    task: str,
+    figures: Figures,
+    examples: int,
+    chosen: str | None,
+    promoted_at: float,
+) -> str | None:
+    """What keeps the task from serving more, in words that follow "since"; None where it is only evidence to come."""
+    if figures.phase is Phase.COLLECT:
+        return _why_no_version(settings, store, task, examples)
+    if figures.phase is Phase.SHADOW:
+        moved = store.latest_event(task, EventKind.PHASE)
+        if moved is not None and moved.at > promoted_at:
+            signal = moved.evidence.get("signal")
+            if signal == Signal.EMERGENCY:
+                return f"it answered too badly on {_at(moved.at)} (emergency) and has to earn trust anew"
+            if signal == Signal.REFUSED:
+                return f"it got worse, and on {_at(moved.at)} what was trained instead was refused by the gate"
+        return chosen
+    if figures.alarmed:
+        return "it got worse (see the last alert): everything is checked until it is certified anew or replaced"
+    if figures.coaching:
+        return "it got worse and is in coaching: everything is checked until it recovers or is replaced"
+    return None
+
+
+def _why_no_version(settings: Settings, store: Store, task: str, examples: int) -> str:
+    runs, wanted = store.runs(task), halves_wanted(settings, task)
+    last = runs[-1] if runs else None
+    if last is not None and last.state == "running":
+        return "its first version is being trained"
+    if last is not None and last.state == "failed":
+        return f"its last training failed ({' '.join(last.error.split())[:200] or 'see its run'})"
+    if last is not None and last.state == "waits_for_review":
+        return f"version {last.version} waits for a person's review in MLflow"
+    if last is not None and last.state == "rejected":
+        refused = store.version(task, last.version) if last.version else None
+        return f"the gate refused its last candidate{f' ({refused.reason})' if refused and refused.reason else ''}"
+    first_at = settings.task(task).confidence_thresholds.phase1_to_phase2
+    if wanted.head and wanted.alone:
+        first_at = min(first_at, settings.local.student.head_from)
+    if examples < first_at:
+        return f"its first training needs {first_at:,} examples and there are {examples:,}"
+    return f"its first training is due: there are {examples:,} examples"
+
+
 def forecast_words(status: TaskStatus) -> str | None:
-    """What it takes until more is served, in a sentence; None where there is nothing more to serve, or no version."""
+    """Why no more is served, and what it takes, in a sentence; None where there is nothing more to serve."""
     from apprentice.operate.report import money
 
     phase, one = Phase(status.phase), status.forecast
-    if phase is Phase.COLLECT or (phase is Phase.SERVE and status.coverage >= 1.0):
+    if phase is Phase.SERVE and status.coverage >= 1.0:
         return None
     now = f"{status.coverage:.0%} served" if phase is Phase.SERVE else "nothing is served yet"
+    if status.why:
+        now += f", since {status.why}"
+    if phase is Phase.COLLECT:
+        return now if status.why else None
     if one is None:
         return f"{now}; what was compared so far supports no forecast of more within as many requests again"
     cost = "" if status.forecast_cost is None else f" ({money(status.forecast_cost)})"
@@ -123,13 +193,18 @@ def _about(count: float) -> str:
 
 
 def _words(kind: str, at: float) -> str:
-    return f"{kind.replace('_', ' ')} ({datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC)"
+    return f"{kind.replace('_', ' ')} ({_at(at)})"
+
+
+def _at(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
     """The statuses for a terminal of 80 columns: a table, and a line for whatever asks for attention."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     from apprentice.operate.report import money
 
@@ -138,7 +213,12 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
     table.add_column("phase", no_wrap=True)
     for name in ("examples", "correlation", "agreement", "local", "checks", "spent"):
         table.add_column(name, justify="right", no_wrap=True)
-    lines: list[str] = []
+    lines: list[Text] = []
+
+    def say(text: str, *, asks: bool = False) -> None:
+        # No markup: reasons and errors are other people's words, and may hold brackets.
+        lines.append(Text(f"{status.task}: {text}", style="yellow" if asks else ""))
+
     for status in statuses.values():
         phase = Phase(status.phase)
         low, high = status.correlation_interval or (None, None)
@@ -152,38 +232,48 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
             f"{status.sampling_rate:.0%}" if phase is Phase.SERVE else "-",
             money(status.spent),
         )
-        for promise in status.promises:
-            so_far = "none was checked yet" if promise.realised is None else f"{max(0.0, promise.realised):.1%} so far"
-            lines.append(f"{status.task}: {promise.what}: at most {promise.at_most:.1%} promised, {so_far}")
+        forecast = forecast_words(status)
+        if forecast is not None:
+            say(forecast)
+        if status.chosen and status.chosen != status.why:
+            say(status.chosen)
+        if phase is not Phase.COLLECT:
+            for promise in status.promises:
+                say(promise_words(promise))
         if status.max_bad_answers is not None and phase is Phase.SERVE:
-            lines.append(
-                f"{status.task}: at least {status.sampling_floor:.1%} of what is served is checked, at "
+            say(
+                f"at least {status.sampling_floor:.1%} of what is served is checked, at "
                 f"{status.sampling_floor * status.coverage:.1%} of all requests, so that a fall costs at most "
                 f"{status.max_bad_answers:g} bad answers on average"
             )
-        forecast = forecast_words(status)
-        if forecast is not None:
-            lines.append(f"{status.task}: {forecast}")
         if status.out_of_reach:
-            lines.append(f"[yellow]{status.task}: {status.out_of_reach}[/yellow]")
+            say(status.out_of_reach, asks=True)
         elif status.ceiling is not None:
-            lines.append(f"{status.task}: {ceiling_line(status.ceiling)}")
+            say(ceiling_line(status.ceiling))
         if status.held:
-            lines.append(f"{status.task}: calls in flight hold {money(status.held)} at most, beside what is spent")
+            say(f"calls in flight hold {money(status.held)} at most, beside what is spent")
         if status.unverified >= 1:
-            lines.append(
-                f"{status.task}: {status.unverified:,.0f} local answers could not be checked; no figure has them"
-            )
+            say(f"{status.unverified:,.0f} local answers could not be checked; no figure has them")
         if status.waits_for_coach:
-            lines.append(
-                f"[yellow]{status.task}: no coach is watching, and training is due ({status.waits_for_coach}); "
-                "run: apprentice coach[/yellow]"
-            )
+            due = status.waits_for_coach
+            say(f"no coach is watching, and training is due ({due}); run: apprentice coach", asks=True)
         elif status.training_due:
-            lines.append(f"{status.task}: training is due ({status.training_due})")
+            say(f"training is due ({status.training_due})")
         if status.last_alert:
-            lines.append(f"[yellow]{status.task}: last alert {status.last_alert}[/yellow]")
+            say(f"last alert {status.last_alert}", asks=True)
     return Group(table, *lines)
+
+
+def promise_words(promise: Promise) -> str:
+    """What is promised, what came of it, and how that is known."""
+    promised = f"{promise.what}: at most {promise.at_most:.1%} promised"
+    if promise.realised is None:
+        return f"{promised}, none was checked yet"
+    so_far = f"{promised}, {max(0.0, promise.realised):.1%} so far"
+    if promise.low is None or promise.high is None:
+        return so_far
+    checks = f"{promise.checks:,} weighted spot check{'s' if promise.checks != 1 else ''}"
+    return f"{so_far} ({promise.low:.1%} to {promise.high:.1%}, from {checks})"
 
 
 def ceiling_line(ceiling: Ceiling) -> str:

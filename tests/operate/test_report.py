@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import random
+import sqlite3
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +147,78 @@ def test_what_is_held_is_not_spent(store: Store, tmp_path: Path, clock: Clock) -
 
 
 def test_savings_come_from_the_tasks_own_prices(store: Store, tmp_path: Path, clock: Clock) -> None:
-    """A remote answer to a ticket costs 21 cents over 16 answers, the lost call included; fourteen were avoided."""
+    """Until the second day a ticket cost a cent; until the third 21 cents over 16 answers, the lost call included."""
     free = cost_report(store, settings(tmp_path), clock=clock)
-    price = Decimal("0.21") / 16
-    assert (free.avoided, free.saved, free.local_cost) == (14 * price, 14 * price, 0)
+    avoided = 5 * Decimal("0.01") + 9 * Decimal("0.21") / 16
+    assert (free.avoided, free.saved, free.local_cost) == (avoided, avoided, 0)
+    assert {t.task: t.price for t in free.tasks} == {"homes": Decimal("0.02"), "tickets": avoided / 14}
     assert sum(d.avoided or 0 for d in free.days) == free.avoided
     paid = cost_report(store, settings(tmp_path, cost_per_hour="0.001"), clock=clock)
     assert paid.local_cost == Decimal("0.036")  # all of the second day, half of the third
-    assert paid.saved == 14 * price - Decimal("0.036") == sum(d.saved or 0 for d in paid.days)
+    assert paid.saved == avoided - Decimal("0.036") == sum(d.saved or 0 for d in paid.days)
+
+
+def recomputed_avoided(root: Path, task: str) -> Fraction:
+    """What local answers would have cost, from the raw calls, comparisons of days by hand: at each day's own mean."""
+    with contextlib.closing(sqlite3.connect(root / "apprentice.db")) as db:
+        cost = dict(
+            db.execute(
+                "SELECT day, sum(cost) FROM calls WHERE task = ? AND state <> 'reserved' GROUP BY day", (task,)
+            ).fetchall()
+        )
+        of = "SELECT day, sum(n) FROM counts WHERE task = ? AND outcome {} ('local', 'degraded', 'budget') GROUP BY day"
+        answers = dict(db.execute(of.format("NOT IN"), (task,)).fetchall())
+        local = dict(db.execute(of.format("IN"), (task,)).fetchall())
+    return sum((Fraction(cost[day], answers[day]) * n for day, n in local.items()), Fraction(0)) / 10**9
+
+
+def test_what_was_avoided_keeps_the_price_of_its_day(tmp_path: Path, clock: Clock) -> None:
+    """The vendor halves its price: what was avoided before is worth what it was, to the nano-dollar."""
+    config = settings(tmp_path)
+    with Store.open(config.store_url, clock=clock) as store:
+        for day, price in ((1, "0.010"), (2, "0.005"), (3, "0.020")):
+            clock.at(day)
+            for _ in range(40):
+                spend(store, clock, "tickets", price)
+            answer_locally(store, clock, "tickets", 10 * day)
+            report = cost_report(store, config, clock=clock)
+            assert report.avoided == Decimal({1: "0.100", 2: "0.200", 3: "0.800"}[day]), (
+                "days that are over do not change"
+            )
+        assert [d.avoided for d in report.days] == [Decimal("0.1"), Decimal("0.1"), Decimal("0.6")]
+        assert Fraction(report.avoided) == recomputed_avoided(tmp_path, "tickets")
+        (task,) = report.tasks
+        assert task.price == Decimal("0.8") / 60, "times the local answers it is what was avoided"
+        assert cost_report(store, config, since="1d", clock=clock).tasks[0].price == Decimal("0.02")
+
+
+def test_a_day_of_few_remote_answers_borrows_from_those_before_it(tmp_path: Path, clock: Clock) -> None:
+    """One dear answer does not price a day of thousands; another model's answers are not borrowed."""
+    config = settings(tmp_path)
+    with Store.open(config.store_url, clock=clock) as store:
+        for _ in range(40):
+            spend(store, clock, "tickets", "0.01")
+        clock.at(2)
+        spend(store, clock, "tickets", "0.42")
+        answer_locally(store, clock, "tickets", 1000)
+        clock.at(3)
+        answer_locally(store, clock, "tickets", 1000)
+        clock.at(4)
+        spend(store, clock, "tickets", "0.002", model="claude-haiku-4-5")
+        answer_locally(store, clock, "tickets", 1000)
+        report = cost_report(store, config, clock=clock)
+        mixed = (40 * Decimal("0.01") + Decimal("0.42")) / 41
+        assert [d.avoided for d in report.days[1:]] == [1000 * mixed, 1000 * mixed, Decimal(2)]
+
+
+def test_a_day_before_the_first_remote_answer_has_the_next_price(tmp_path: Path, clock: Clock) -> None:
+    """Only there: a version was brought along, and the remote was asked later."""
+    config = settings(tmp_path)
+    with Store.open(config.store_url, clock=clock) as store:
+        answer_locally(store, clock, "tickets", 10)
+        clock.at(2)
+        spend(store, clock, "tickets", "0.03")
+        assert cost_report(store, config, clock=clock).avoided == Decimal("0.3")
 
 
 def test_without_a_price_nothing_is_made_up(store: Store, tmp_path: Path, clock: Clock) -> None:
@@ -251,9 +318,45 @@ def test_nothing_yet(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture
     with Store.open(config.store_url, clock=clock) as empty:
         report = cost_report(empty, config, clock=clock)
     assert (report.requests, report.spent, report.saved, report.month_projection) == (0, 0, 0, 0)
-    assert "Nothing recorded yet" in as_html(report)
+    assert "apprentice serve" in as_html(report)
+    assert "<svg" not in as_html(report)
     run_command(config, clock=clock)
-    assert "0 requests" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("0 requests: this store holds none yet. Ask one, from Python")
+    assert "By day" not in shown
+    assert "Caps" in shown, "what is allowed is known before anything is spent"
+
+
+def test_days_without_a_request_say_where_to_look(
+    store: Store, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A month in which nothing was asked: when it last was, and the command that shows it."""
+    clock.at(31)
+    config = settings(tmp_path)
+    run_command(config, since="2026-03-20", clock=clock)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(
+        "2026-03-20 to 2026-03-31: 0 requests; the last one was on 2026-03-03. To see those days: apprentice report "
+        "--since 2026-03-03 "
+    )
+    run_command(config, since="2026-03-03", clock=clock)
+    assert "10 requests" in capsys.readouterr().out
+
+
+def test_a_single_day_is_drawn_as_bars(store: Store, tmp_path: Path, clock: Clock) -> None:
+    """A line through one point shows nothing: each amount has a bar with its name and its size."""
+    report = cost_report(store, settings(tmp_path), since="1d", clock=clock)
+    page = as_html(report)
+    assert "<polyline" not in page
+    first, second = (
+        ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>") for part in page.split("<svg")[1:]
+    )
+    assert [text.text for text in first.iter("text")] == ["on 2026-03-03", "cost per 1,000 requests", "$6.00"]
+    said = [text.text for text in second.iter("text")]
+    without = report.spent + (report.avoided or 0)
+    assert said == ["on 2026-03-03", "spent", "$0.06", "without Apprentice", f"${without:.2f}"]
+    spent_px, without_px = (float(bar.get("width") or 0) for bar in second.iter("rect"))
+    assert spent_px / without_px == pytest.approx(float(report.spent / without), abs=0.002)
 
 
 def test_what_a_hosted_local_model_costs_is_no_saving(tmp_path: Path, clock: Clock) -> None:
