@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from apprentice.confidence.ceiling import Ceiling, sentence
 from apprentice.confidence.figures import Figures, Promise
 from apprentice.confidence.phases import Phase, Signal
+from apprentice.confidence.settings import TrustSettings
 from apprentice.events.kinds import EventKind
 from apprentice.lifecycle.unattended import waits_for_coach
 from apprentice.operate.check import sqlite_path
@@ -136,12 +137,33 @@ def _why_not_more(
                 return f"it answered too badly on {_at(moved.at)} (emergency) and has to earn trust anew"
             if signal == Signal.REFUSED:
                 return f"it got worse, and on {_at(moved.at)} what was trained instead was refused by the gate"
-        return chosen
+        return _falls_short(trust_settings(settings, settings.task(task)), figures) or chosen
     if figures.alarmed:
         return "it got worse (see the last alert): everything is checked until it is certified anew or replaced"
     if figures.coaching:
         return "it got worse and is in coaching: everything is checked until it recovers or is replaced"
-    return None
+    return _falls_short(trust_settings(settings, settings.task(task)), figures)
+
+
+def _falls_short(targets: TrustSettings, figures: Figures) -> str | None:
+    """What was seen of all that it answers, of its surest answers while nothing is served, and what may be."""
+    serves = figures.phase is Phase.SERVE
+    if not figures.slices:
+        return None
+    part = figures.slices[-1 if serves else 0]
+    whose = "of all that it answers" if serves or part.share >= 1.0 else f"even of its surest {part.share:.0%}"
+    differs = 0.0 if part.agreement is None else 1.0 - part.agreement
+    if targets.max_disagreement is not None and differs > targets.max_disagreement:
+        return f"{whose} {differs:.1%} differ, and at most {targets.max_disagreement:.1%} may"
+    overall = targets.max_disagreement_overall
+    if overall is not None and part.share * differs > overall:
+        return f"{whose} {differs:.1%} differ, and at most {overall:.1%} of all answers may"
+    correlation = figures.window_all.correlation
+    if targets.max_disagreement is not None or overall is not None or correlation is None:
+        return None
+    if correlation.value >= targets.graduate:
+        return None
+    return f"of all that it answers the correlation is {correlation.value:.2f}, and {targets.graduate:.2f} is asked for"
 
 
 def _why_no_version(settings: Settings, store: Store, task: str, examples: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -243,6 +244,32 @@ def test_a_version_chosen_by_hand_says_by_whom_and_why(student: Workbench) -> No
     page = shown(status_page({"mood": status}))
     assert "mood: mo@desk went back to v1 from v2 on " in page
     assert "UTC: v2 is worse on refunds" in page
+
+
+def test_why_the_rest_is_not_served_is_what_was_seen_of_it(student: Workbench) -> None:
+    """What all its answers would come to is recomputed from every comparison, each as often as the traffic has it."""
+    at = student
+    at.promote(held_out=300, right=0.97, unsure=60)
+    ask(at, 200)
+    status, _ = standing(at)
+    compared = rows(at, "SELECT score, min(1, sampling_rate / probability) FROM comparisons WHERE version = 'mood-v1'")
+    differs = sum((1 - score) * weight for score, weight in compared) / sum(weight for _, weight in compared)
+    assert differs > 0.1
+    assert status.why == f"of all that it answers {differs:.1%} differ, and at most 10.0% may"
+    assert f"{status.coverage:.0%} served, since of all that it answers " in shown(status_page({"mood": status}))
+
+
+def test_a_version_that_is_nowhere_good_enough_says_so(student: Workbench) -> None:
+    """Nothing is served while even the surest answers differ too often."""
+    at = student
+    at.promote(held_out=100, right=0.7)
+    ask(at, 1)
+    status, _ = standing(at)
+    assert status.phase == Phase.SHADOW
+    assert status.why is not None
+    assert re.fullmatch(
+        r"(even of its surest \d+%|of all that it answers) [\d.]+% differ, and at most 10.0% may", status.why
+    )
 
 
 def test_every_standing_has_one_line_that_says_why(student: Workbench) -> None:
