@@ -45,10 +45,11 @@ def test_what_is_observed_is_in_the_tables_and_in_mlflow(make_home: Callable[...
     with contextlib.closing(sqlite3.connect(home.settings.root / "apprentice.db")) as db:
         db.execute("INSERT INTO counts VALUES ('mood', '2026-03-01', ?, 'local', 30, 0.0)", [version])
         db.execute("INSERT INTO counts VALUES ('mood', '2026-03-01', ?, 'degraded', 6, 0.0)", [version])
+        db.execute("INSERT INTO counts VALUES ('mood', '2026-03-01', '', 'remote', 60, 0.0)")
         db.commit()
         (spent,) = db.execute("SELECT sum(cost) FROM calls WHERE state IN ('settled', 'lost')").fetchone()
         (in_flight,) = db.execute("SELECT sum(worst_case) FROM calls WHERE state = 'reserved'").fetchone()
-        (answers,) = db.execute("SELECT count(*) FROM examples").fetchone()
+        (answers,) = db.execute("SELECT sum(n) FROM counts WHERE outcome = 'remote'").fetchone()
         (phase, rate) = db.execute("SELECT phase, sampling_rate FROM tasks").fetchone()
         (compared,) = db.execute("SELECT count(*) FROM comparisons WHERE version = ?", [version]).fetchone()
     seen = observe_task(shop, "mood")

@@ -186,6 +186,7 @@ def test_it_is_paid_for_like_any_call_and_told_apart(room: Callable[..., Room], 
     assert len(again) == 15
     assert {state for _, state, _, _ in calls} == {"settled"}
     assert {name for *_, name in again} == {name for (name,) in at.rows("SELECT id FROM second_answers")}
+    at.client.parts.tally.flush()
     report = cost_report(at.store, at.client.settings, clock=at.clock or time.time)
     cost = sum(Decimal(call[2]) for call in again) / 10**9
     whole = sum(Decimal(call[2]) for call in calls) / 10**9
