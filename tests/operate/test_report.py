@@ -24,7 +24,8 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from apprentice.money.budget import Budget, windows_at
-from apprentice.operate.report import as_csv_text, as_html, as_json_text, cost_report, parse_since, run_command
+from apprentice.operate.report import cost_report, parse_since, run_command
+from apprentice.operate.report_page import as_csv_text, as_html, as_json_text
 from apprentice.settings.config import BudgetSettings, Settings
 from apprentice.store import Count, ExampleRecord, Settlement, Store, Usage
 

@@ -19,7 +19,8 @@ from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.window import Seen
-from apprentice.operate.report import CostReport, HalfShare, as_html, as_json_text, as_table, cost_report
+from apprentice.operate.report import CostReport, HalfShare, cost_report
+from apprentice.operate.report_page import as_html, as_json_text, as_table
 from apprentice.operate.status import forecast_words, status_page
 from apprentice.request.judge import trust_settings
 from apprentice.result import TaskStatus

@@ -21,7 +21,8 @@ from apprentice.confidence.correlation import wilson
 from apprentice.errors import BudgetExceeded, ConfigError, StoreError
 from apprentice.events.kinds import EventKind
 from apprentice.lifecycle.due import due_run
-from apprentice.operate.report import as_html, cost_report
+from apprentice.operate.report import cost_report
+from apprentice.operate.report_page import as_html
 from apprentice.operate.status import status_page
 from apprentice.request.asking_again import PAUSE_S, AskingAgain
 from apprentice.settings.config import SamplingSettings
