@@ -34,6 +34,8 @@ from apprentice.errors import (
     Unavailable,
     UnknownTask,
 )
+from apprentice.schemas.json_values import InvalidValue, NotJson
+from apprentice.schemas.schema import SchemaError
 
 PROBLEMS = [Problem("text", "is missing.", "Give it.", 3), Problem("n", "is -1.")]
 
@@ -127,6 +129,15 @@ def test_a_foreign_cause_that_cannot_travel_is_told_of_in_words() -> None:
     assert (str(got), str(got.remote)) == ("nobody can answer", "HTTPStatusError: 429 of a vendor")
     assert str(got.__cause__) == "HTTPStatusError: 429 of a vendor"
     assert sent.remote is foreign, "sending it must not change what the sender holds"
+
+
+@pytest.mark.parametrize("cls", [InvalidValue, NotJson, SchemaError])
+def test_what_a_schema_says_survives_too(cls: type[InvalidValue]) -> None:
+    """They are no errors of ours, and whoever checks values in worker processes meets them."""
+    sent = cls(PROBLEMS)
+    got = pickle.loads(pickle.dumps(sent))
+    assert told(got) == told(sent)
+    assert got.problems == PROBLEMS
 
 
 def raise_it() -> None:

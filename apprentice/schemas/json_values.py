@@ -57,6 +57,9 @@ class InvalidValue(ValueError):
         self.problems = problems
         super().__init__("; ".join(str(p) for p in problems))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,), self.__dict__  # else pickle takes the message for the problems
+
 
 class NotJson(InvalidValue):
     """A text is no JSON at all."""
