@@ -92,8 +92,8 @@ def train_together(
 ) -> TrainedAdapter:
     """Train in ``processes`` processes on this machine. Raises `TrainingError` with the last words of one that fails.
 
-    The first process reports in lines of JSON. When this process dies, it finds nobody to report to and ends, and the
-    others with it.
+    The first process reports in lines of JSON, and each of them what it fails of. When this process dies, they find
+    nobody to report to and end.
     """
     job.work.mkdir(parents=True, exist_ok=True)
     order = job.work / "job.json"
@@ -123,7 +123,7 @@ def train_together(
 
 
 def _follow(process: subprocess.Popen[str], progress: Callable[[Progress], None]) -> TrainedAdapter | None:
-    """Hear the first process out. Raises `TrainingError` where it reports one."""
+    """Hear the processes out. Raises `TrainingError` where one reports an error."""
     trained: TrainedAdapter | None = None
     assert process.stdout is not None
     for line in process.stdout:

@@ -13,7 +13,7 @@ from flows.trainers.peft import PeftTrainer
 
 
 def main(order: str) -> None:
-    """Do this process's part; the first one reports."""
+    """Do this process's part. The first one reports how it goes; whichever fails says so, for it may end the others."""
     share_processors()
     job, every_layer = read_job(Path(order))
     crew = Together()
@@ -25,8 +25,7 @@ def main(order: str) -> None:
     try:
         trained = PeftTrainer(every_layer=every_layer).train_part(job, tell, crew)
     except ApprenticeError as error:
-        if crew.rank == 0:
-            print(report("error", str(error)), flush=True)  # noqa: T201
+        print(report("error", str(error)), flush=True)  # noqa: T201
         raise
     if trained is not None:
         print(report("trained", trained), flush=True)  # noqa: T201

@@ -307,7 +307,11 @@ class Story(RuleBasedStateMachine):
     def nothing_bad_came_back_by_itself(self) -> None:
         for at, promotion in enumerate(promotions := self.store.promotions("mood")):
             if promotion.how == "gate":
-                earlier = promotions[:at]
+                # A person who chooses a version that was rolled back takes that back.
+                chosen = [
+                    n for n in range(at) if promotions[n].version == promotion.version and promotions[n].how != "gate"
+                ]
+                earlier = promotions[max(chosen, default=-1) + 1 : at]
                 assert promotion.was in ("candidate", "retired")
                 assert not any(p.previous == promotion.version and p.how == "rollback" for p in earlier)
                 assert self.passes[promotion.version]
