@@ -273,6 +273,41 @@ def test_a_version_that_is_nowhere_good_enough_says_so(student: Workbench) -> No
     )
 
 
+def shadow_badly(at: Workbench) -> None:
+    """120 comparisons with a version that is wrong in two of five, mixed."""
+    at.promote()
+    at.engine.answerer = lambda _version, value: (
+        {"label": LABELS[(LABELS.index(truth(value)["label"]) + (words_of(value)[0] % 5 in (1, 3))) % 3]},
+        0.9,
+    )
+    ask(at, 120)
+
+
+def test_a_correlation_that_falls_short_is_named(bench: Callable[..., Workbench]) -> None:
+    """Where a correlation is promised, the line has the one that the table shows, and the one that is asked for."""
+    at = bench()
+    shadow_badly(at)
+    status = at.client.status()["mood"]
+    assert status.phase == Phase.SHADOW
+    asked = at.client.settings.task("mood").confidence_thresholds.phase2_to_phase3
+    assert status.correlation is not None
+    assert status.correlation < asked
+    assert status.why == (
+        f"of all that it answers the correlation is {status.correlation:.2f}, and {asked:.2f} is asked for"
+    )
+
+
+def test_a_share_of_all_answers_that_falls_short_is_named(bench: Callable[..., Workbench]) -> None:
+    """Where all answers have a target, what would differ is held against that."""
+    task = {**TASK, "confidence_thresholds": {"phase1_to_phase2": 10, "max_disagreement_overall": 0.08}}
+    at = bench(tasks=[{**task, "deferral": False}])
+    shadow_badly(at)
+    status = at.client.status()["mood"]
+    ((differs,),) = rows(at, "SELECT 1 - avg(score) FROM comparisons")
+    assert status.phase == Phase.SHADOW
+    assert status.why == f"of all that it answers {differs:.1%} differ, and at most 8.0% of all answers may"
+
+
 def test_every_standing_has_one_line_that_says_why(student: Workbench) -> None:
     """From the first request to an emergency: what keeps the task from serving more is one line, and the right one."""
     at = student
