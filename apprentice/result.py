@@ -64,6 +64,9 @@ class TaskStatus:
     """A sentence that says so, where that is less than a target asks for."""
     max_bad_answers: float | None = None
     """How many bad answers a fall of agreement may cost until it is noticed; the floor follows from it."""
+    campaign: float | None = None
+    """The share of the served answers that is checked for now, more than agreement asks for, because a wider slice is
+    then expected to come sooner by more than that costs; None if no campaign is on."""
     chosen: str | None = None
     """Who made this version the champion, and why, where a person did (`apprentice promote`, `rollback`, MLflow)."""
     why: str | None = None

@@ -648,8 +648,10 @@ def measure_forecast(
     """(phase at that time, actual / forecast comparisons) of every forecast in ``runs`` of each of `FORECAST_WORLDS`.
 
     100 held-out examples are the first requests. A slice that is not certified after ``patience`` times the requests of
-    the forecast, or 50 times that where it is less than 50 requests, counts as infinite.
+    the forecast, or 50 times that where it is less than 50 requests, counts as infinite. Without campaigns: a forecast
+    is made for the rate as it is.
     """
+    settings = replace(settings, campaigns=False)
     found: list[tuple[Phase, float]] = []
     for run, world in product(range(runs), FORECAST_WORLDS):
         draw = random.Random(f"{run} {world}")

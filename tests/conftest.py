@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 
 from apprentice import Apprentice, Settings
@@ -21,6 +22,9 @@ from apprentice.testing import FakeEngine, FakeVendor, Fault
 
 # Before any test imports torch: its spinning threads make the suite many times slower on a machine that is shared.
 share_processors()
+# No test asserts on seconds, and so none has a deadline for its examples.
+hypothesis.settings.register_profile("ours", deadline=None)
+hypothesis.settings.load_profile("ours")
 
 LABELS = ("joy", "fear", "anger")
 

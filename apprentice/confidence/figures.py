@@ -79,6 +79,8 @@ class Figures:
     training_due: bool
     promises: Sequence[Promise] = ()
     """Those about disagreement; a correlation target has none."""
+    campaign: float | None = None
+    """The rate of a campaign that raises the sampling rate now; see `campaign`."""
     forecast: Widening | None = None
     """The wider slice that is worth most within as many requests as were answered so far; None where what was compared
     supports no forecast."""

@@ -121,9 +121,13 @@ def worthwhile(found: Sequence[Widening], *, coverage: float, horizon: float) ->
 
     ``coverage`` is what is served now. None where none saves any.
     """
-    saved = [((horizon - one.requests) * (one.coverage - coverage) - one.checks, one) for one in found]
-    best = max(saved, key=lambda each: each[0], default=(0.0, None))
-    return best[1] if best[0] > 0.0 else None
+    best = max(found, key=lambda one: saved(one, coverage, horizon), default=None)
+    return best if best is not None and saved(best, coverage, horizon) > 0.0 else None
+
+
+def saved(one: Widening, coverage: float, horizon: float) -> float:
+    """Remote answers that a widening saves within ``horizon`` requests, less the checks that it costs."""
+    return (horizon - one.requests) * (one.coverage - coverage) - one.checks
 
 
 def _agreement(agreed: float, weight: float) -> float:

@@ -31,6 +31,8 @@ class TrustSettings:
     min_floor: float = 0.02
     max_bad_answers: float | None = None
     """Where given, how many answers more than before may differ unchecked, in expectation, until a fall is noticed."""
+    campaigns: bool = True
+    """Check more than agreement asks for, where a wider slice is expected to save more than that costs."""
     decay_function: str = "exponential"
     trend_sensitivity: float = 0.05
     max_fall: float = 0.05

@@ -37,6 +37,7 @@ from dataclasses import replace
 from typing import Any
 
 from apprentice.confidence.acceptance import Slice, Slices, grid, promising
+from apprentice.confidence.campaign import EVERY, campaign_rate
 from apprentice.confidence.certify import excess
 from apprentice.confidence.correlation import CHANCE_DRAWS, Tally, effective_size, wilson
 from apprentice.confidence.drift import Guard
@@ -81,7 +82,9 @@ class Trust:
         self.settings = settings
         self.phase = Phase.COLLECT
         self.threshold: float | None = None
+        # The sampling rate that agreement asks for, and that of a campaign, 0 if there is none: the higher one holds.
         self.rate = 1.0
+        self.campaign = 0.0
         self.forced = 0
         self.coaching = False
         self.alarmed = False
@@ -142,6 +145,7 @@ class Trust:
                 "phase": int(self.phase),
                 "threshold": self.threshold,
                 "rate": self.rate,
+                "campaign": self.campaign,
                 "forced": self.forced,
                 "coaching": self.coaching,
                 "alarmed": self.alarmed,
@@ -207,6 +211,7 @@ class Trust:
             setattr(trust, name, data[name])
         trust.accepted, trust.unverified = float(data["served_count"]), data.get("unverified", 0.0)
         trust.requests = data.get("requests", trust.comparisons)
+        trust.campaign = data.get("campaign", 0.0)
         for name in ("checks", "check_weights", "check_squares"):
             setattr(trust, name, data.get(name, 0))
         # States from before they were counted: None, unless nothing was served yet.
@@ -240,7 +245,8 @@ class Trust:
     def _retarget(self) -> None:
         if self.phase is Phase.SERVE:
             self.phase = Phase.SHADOW
-        self.threshold, self.rate, self.guard = None, 1.0, None
+        self.threshold, self.guard = None, None
+        self._check_all()
         self.coaching = self.alarmed = False
         self.limits = Limits(self.settings.arl)
         if self.slices is not None:
@@ -252,7 +258,8 @@ class Trust:
     @property
     def policy_numbers(self) -> PolicyNumbers:
         """Phase, threshold and sampling rate to decide the next request by."""
-        return PolicyNumbers(self.phase, self.threshold, 1.0 if self.forced > 0 else self.rate)
+        rate = max(self.rate, self.campaign)
+        return PolicyNumbers(self.phase, self.threshold, 1.0 if self.forced > 0 else rate)
 
     def basis(self) -> Basis:
         """What `weigh` needs of the state."""
@@ -336,7 +343,8 @@ class Trust:
         that the last version had earned a lower one says nothing about this one.
         """
         self._reset()
-        self.phase, self.threshold, self.rate, self.forced = Phase.SHADOW, None, 1.0, 0
+        self.phase, self.threshold, self.forced = Phase.SHADOW, None, 0
+        self._check_all()
         self.coaching = self.alarmed = self.training_due = False
         self.comparisons = self.requests = seed.count
         self.unscored = seed.count - len(seed.waiting)
@@ -429,7 +437,7 @@ class Trust:
 
     def resumed(self, *, before: Phase) -> list[Event]:
         """Champion again: it goes on from what it had earned itself, and is checked from a rate of 1 down."""
-        self.rate = 1.0
+        self._check_all()
         self.training_due = False
         events = [Event(EventKind.PROMOTED, {"resumed": self.comparisons})]
         if before is not self.phase:
@@ -650,7 +658,7 @@ class Trust:
             "mean_checks_to_false_alarm": self.settings.arl,
         }
         self._restart()
-        self.rate = 1.0
+        self._check_all()
         self._rebuild_window(last=max(1, change.began - 1))
         return [Event(EventKind(change.kind.value), evidence)]
 
@@ -659,7 +667,21 @@ class Trust:
         events = self._certify()
         if self.slices is not None and self.phase is Phase.SERVE:
             events += self._steer()
+        if events or self.comparisons % EVERY == 0:
+            self._campaign()
         return events
+
+    def _check_all(self) -> None:
+        """Begin again at a sampling rate of 1."""
+        self.rate, self.campaign = 1.0, 0.0
+
+    def _campaign(self) -> None:
+        """Whether, and how much, more is to be checked than agreement asks for. In trouble everything is anyway."""
+        self.campaign = 0.0
+        if self.settings.campaigns and self.phase is Phase.SERVE and not (self.alarmed or self.coaching):
+            self.campaign = campaign_rate(
+                self._widenings, coverage=self.coverage, horizon=self.requests, rate=self.rate
+            )
 
     def _certify(self) -> list[Event]:
         """Serve what is certified."""
@@ -782,7 +804,8 @@ class Trust:
         move = advance(before, signal, evidence)
         if move is None:
             return []
-        self.phase, self.threshold, self.rate = move.after, None, 1.0
+        self.phase, self.threshold = move.after, None
+        self._check_all()
         self.guard, self.coaching, self.alarmed = None, False, False
         self.limits = Limits(self.settings.arl)
         self._restart()
@@ -851,6 +874,7 @@ class Trust:
             alarmed=self.alarmed,
             training_due=self.training_due,
             promises=self._promises(),
+            campaign=self.campaign if self.campaign > self.rate else None,
             forecast=self.forecast(),
         )
 

@@ -103,6 +103,7 @@ def _status(
         ceiling=ceiling,
         out_of_reach=None if ceiling is None else sentence(ceiling, trust_settings(settings, settings.task(task))),
         max_bad_answers=settings.sampling.max_bad_answers,
+        campaign=figures.campaign,
         chosen=chosen,
         why=_why_not_more(settings, store, task, figures, examples, chosen, promoted_at),
         forecast=forecast,
@@ -262,6 +263,8 @@ def status_page(statuses: Mapping[str, TaskStatus]) -> Group:
         if phase is not Phase.COLLECT:
             for promise in status.promises:
                 say(promise_words(promise))
+        if status.campaign is not None:
+            say(f"a campaign checks {status.campaign:.0%} of what is served, so that more of it can be served sooner")
         if status.max_bad_answers is not None and phase is Phase.SERVE:
             say(
                 f"at least {status.sampling_floor:.1%} of what is served is checked, at "

@@ -143,6 +143,7 @@ def trust_settings(settings: Settings, task: TaskSettings) -> TrustSettings:
         window_size=sampling.window_size,
         min_floor=sampling.min_floor,
         max_bad_answers=sampling.max_bad_answers,
+        campaigns=sampling.campaigns,
         decay_function=sampling.decay_function,
         trend_sensitivity=sampling.trend_sensitivity,
         max_fall=sampling.max_fall,

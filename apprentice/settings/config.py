@@ -392,10 +392,15 @@ class SamplingSettings(_Section):
         description="let a fall of agreement cost at most this many bad answers, in expectation, until it is noticed; "
         "raises the floor to what that takes, see docs/trust.md",
     )
+    campaigns: bool = Field(
+        True,
+        description="check more for a while where a wider slice, certified sooner, is expected to save more remote "
+        "answers than that costs; see docs/trust.md",
+    )
     window_size: int = Field(100, ge=20, description="comparisons in the rolling window")
     trend_sensitivity: Fraction = Field(0.05, description="fall within the window that raises the rate")
     max_fall: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.05, description="the rate falls by at most this per comparison"
+        0.05, description="the rate falls by at most this per comparison, but at once when a campaign ends"
     )
     mean_time_to_false_alarm: int = Field(
         10_000, ge=100, description="comparisons between false alarms of drift, and likewise of coaching and emergency"

@@ -155,7 +155,8 @@ class Result:
     delays: Sequence[Mapping[str, Any]]
     """For each happening, the requests and spot checks until the first alarm, coaching or emergency; None for never."""
     steepest_fall: float
-    """The smallest ratio of one sampling rate to the one before it within phase 3; never below 1 - ``max_fall``."""
+    """The smallest ratio of one sampling rate to the one before it within phase 3, campaigns and forced checks aside;
+    never below 1 - ``max_fall``."""
     wall_seconds: float
     cpu_seconds: float
 
@@ -371,7 +372,7 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
     checks_at: dict[int, int] = {}
     starts = {h.at: i for i, h in enumerate(scenario.happenings)}
 
-    numbers = trust.policy_numbers
+    numbers, asked_for = trust.policy_numbers, trust.rate
     policy = Policy()
     world.factor = world.decay(0)
     changing = bool(scenario.happenings)
@@ -463,11 +464,11 @@ def simulate(scenario: Scenario, *, seed: int | None = None, points: int = 200) 
             versions.append({"version": len(versions) + 1, "trained_on": trained_on, "from_request": request})
         now = trust.policy_numbers
         if now is not numbers:
-            if now.phase is Phase.SERVE and numbers.phase is Phase.SERVE and numbers.sampling_rate > 0.0:
-                steepest = min(steepest, now.sampling_rate / numbers.sampling_rate)
+            if now.phase is Phase.SERVE and numbers.phase is Phase.SERVE:
+                steepest = min(steepest, trust.rate / asked_for)
             if now != numbers or policy.version != champion:
                 policy = Policy(now.phase, champion, now.threshold, now.sampling_rate)
-            numbers = now
+            numbers, asked_for = now, trust.rate
         if (request + 1) % every == 0 or request + 1 == scenario.requests:
             span = request + 1 - (kept[-1].request if kept else 0)
             truth = None if now.threshold is None else world.truth(now.threshold)

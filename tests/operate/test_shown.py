@@ -242,7 +242,8 @@ def test_a_version_chosen_by_hand_says_by_whom_and_why(student: Workbench) -> No
     status, _ = standing(at)
     assert status.phase == Phase.SERVE, "it goes on from what it had earned"
     assert status.why is None
-    page = shown(status_page({"mood": status}))
+    page = shown(status_page({"mood": replace(status, campaign=0.5)}))
+    assert "a campaign checks 50% of what is served, so that more of it can be served sooner" in page
     assert "mood: mo@desk went back to v1 from v2 on " in page
     assert "UTC: v2 is worse on refunds" in page
 
