@@ -22,10 +22,10 @@ from typing import Any
 
 from apprentice.local.adapter import content_name
 from apprentice.local.base_model import SMOLLM2, load_model_and_tokenizer, resolve_base_model
-from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import Engine, LocalAnswer, Version
+from apprentice.local.engines.embedded import EmbeddedEngine
+from apprentice.local.engines.llama_cpp import LlamaCppEngine
 from apprentice.local.frame import Frame
-from apprentice.local.llama_cpp import LlamaCppEngine
 from apprentice.local.skeleton import Skeleton
 from apprentice.prompts import compact_prompt
 from apprentice.schemas.schema import parse_schema
@@ -242,7 +242,7 @@ def isear_rows(path: Path) -> list[Row]:
 def train_on(rows: Sequence[Row], work: Path, settings: TrainingSettings) -> Path:
     """An adapter folder, trained with the product's own trainer."""
     from flows.trainers import TrainingJob
-    from flows.trainers.peft import PeftTrainer
+    from flows.trainers.backends.huggingface import PeftTrainer
 
     work.mkdir(parents=True, exist_ok=True)
     dataset = work / f"isear-{len(rows)}.train.jsonl"

@@ -27,7 +27,7 @@ from apprentice.local import build_engine
 from apprentice.local.engine import LocalAnswer, Version
 from apprentice.settings.config import LocalSettings, TaskSettings, TrainingSettings, load_settings
 from flows.trainers import TrainingJob
-from flows.trainers.peft import PeftTrainer
+from flows.trainers.backends.huggingface import PeftTrainer
 
 _PLAIN = {"epochs": 3, "learning_rate": 2e-4, "batch_size": 8}
 

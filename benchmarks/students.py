@@ -35,7 +35,7 @@ from apprentice.student.fitting import Encodings, fit_head
 from apprentice.student.head import Head
 from benchmarks.recorded import STREAMS, Stream, read_stream
 from flows.trainers import TrainingJob
-from flows.trainers.peft import PeftTrainer
+from flows.trainers.backends.huggingface import PeftTrainer
 
 __all__ = ["Adapter", "Answer", "Fitted", "Pupils", "Student", "read_adapters"]
 

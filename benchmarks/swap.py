@@ -224,14 +224,14 @@ def _copied(folder: Path, work: Path) -> Version:
 def _engine(name: str, options: argparse.Namespace) -> Engine:
     root = Path()
     if name == "embedded":
-        from apprentice.local.embedded import EmbeddedEngine
+        from apprentice.local.engines.embedded import EmbeddedEngine
 
         return EmbeddedEngine(SMOLLM2, root)
     if name == "llama_cpp":
-        from apprentice.local.llama_cpp import LlamaCppEngine
+        from apprentice.local.engines.llama_cpp import LlamaCppEngine
 
         return LlamaCppEngine(SMOLLM2, root, threads=options.threads)
-    from apprentice.local.vllm import VllmEngine
+    from apprentice.local.engines.vllm import VllmEngine
 
     return VllmEngine(SMOLLM2, root, url=options.url)
 

@@ -58,9 +58,9 @@ def main(rows: int = 64, epochs: int = 2) -> None:
 
 
 def _ours(rows: list[TokenRow], base: Any, recipe: Recipe) -> float:
+    from flows.trainers.backends.huggingface import with_lora
     from flows.trainers.crew import Alone
     from flows.trainers.loop import Checkpoint, Loop
-    from flows.trainers.peft import with_lora
 
     model, _ = load_model_and_tokenizer(base)
     lora = with_lora(model, recipe, base.name)

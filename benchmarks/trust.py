@@ -32,7 +32,7 @@ from apprentice.confidence.trust_events import EventKind
 from apprentice.confidence.watch import LocalObservation, Watch
 from apprentice.confidence.weighing import Comparison
 from apprentice.confidence.window import Seen, ServedWindow
-from apprentice.evaluators import Evaluation
+from apprentice.evaluators import Evaluation, evaluator
 from apprentice.simulation.simulate import LocalModel, Scenario, Training, load_scenario, simulate
 
 DELTA = 0.05
@@ -45,6 +45,7 @@ HIT, MISS = Evaluation(1.0, {}), Evaluation(0.0, {})
 ISEAR_CURVE = {50: (0.80, 0.65, 0.52, 0.45), 500: (0.98, 0.90, 0.79, 0.68), 2000: (0.99, 0.95, 0.86, 0.74)}
 
 
+@evaluator
 def same(local: Any, remote: Any) -> Evaluation:
     """The evaluator of all these worlds: labels are equal or not."""
     return HIT if local == remote else MISS

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from apprentice.settings.config import Settings
+from apprentice.settings.config import Named, Settings
 from apprentice.settings.settings_schema import summary
 
 HEAD = """\
@@ -106,6 +106,10 @@ def rows(model: type[BaseModel]) -> Iterator[str]:
 
 
 def _type(field: FieldInfo) -> str:
+    for one in field.metadata:
+        if isinstance(one, Named):
+            others = ", or another package's name" + (", or module:function" if one.or_function else "")
+            return ", ".join(f"`{name}`" for name in one.registry.built_in) + others
     return _type_name(field.annotation).replace("|", "\\|")
 
 

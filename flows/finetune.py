@@ -50,7 +50,7 @@ def finetune_run(shop: Workshop, run: RunRecord, *, show: Any = lambda _done: No
     advance(shop, run, "finetune")
     dataset = load_dataset(shop.datasets(run.task), run.data_digest)
     job = training_job(shop, run, dataset.train)
-    trainer = build_trainer(shop.settings.local.fine_tune_backend)
+    trainer = build_trainer(shop.settings.local)
     trainer.preflight(job)
     held = reserve_training(shop, run, trainer, job)
     tracked = shop.tracking.run(run.task, run.id, name=f"{run.task}-{run.id[:8]}")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import httpx
@@ -33,6 +33,7 @@ from apprentice.confidence.settings import TrustSettings
 from apprentice.errors import ConfigError, Problem, UnknownTask
 from apprentice.lifecycle.due import Due, due_run
 from apprentice.local.engine import Engine
+from apprentice.registry import ENGINES, TRAINERS
 from apprentice.request.judge import trust_settings
 from apprentice.schemas.schema import Schema
 from apprentice.settings.config import (
@@ -46,6 +47,7 @@ from apprentice.settings.config import (
 from apprentice.store import Store
 from apprentice.testing import FakeVendor
 from apprentice.testing.remote import Vendor
+from apprentice.testing.vendors import PROTOCOLS
 from flows.coach import CoachResult, coach_task
 from flows.lease import LEASE_S, Busy
 from flows.replay_promise import Moment, Target, chance_of, course, targets
@@ -164,7 +166,17 @@ def _spent(store: Store) -> tuple[Decimal, Decimal]:
 
 
 def _protocol(remote: RemoteSettings) -> Vendor:
-    return "openai_responses" if remote.provider == "openai" and remote.api == "responses" else remote.provider
+    """Whose protocol the recorded answers are given in. Raises `ConfigError`."""
+    name = "openai_responses" if remote.provider == "openai" and remote.api == "responses" else remote.provider
+    known = [vendor for vendor in get_args(Vendor.__value__) if vendor == name]
+    if not known:
+        message = f"is {name!r}, for which a replay has no stand-in."
+        remedy = (
+            f"Replay with one of {', '.join(PROTOCOLS)}: the answers are recorded, so their protocol decides nothing."
+        )
+        raise ConfigError("replay", [Problem("remote.provider", message, remedy)])
+    vendor: Vendor = known[0]
+    return vendor
 
 
 class _Calls:
@@ -303,8 +315,8 @@ def _in_home(config: Path, home: Path) -> Settings:
 def _refuse_bills(local: LocalSettings) -> None:
     """A replay has a store, and so caps, of its own: what a vendor bills for it would count under no cap of yours."""
     paid = {
-        "local.fine_tune_backend": local.fine_tune_backend == "openai",
-        "local.backend": local.backend == "hosted",
+        "local.fine_tune_backend": TRAINERS.find(local.fine_tune_backend).made.is_paid,
+        "local.backend": ENGINES.find(local.backend).made.is_paid,
     }
     remedy = "Replay with fine_tune_backend: huggingface and backend: embedded; for the real thing, go live."
     problems = [

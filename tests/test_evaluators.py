@@ -178,7 +178,9 @@ def test_weights_that_make_no_sense(options: dict, message: str):
 
 def test_an_unknown_evaluator():
     """The message lists the known ones."""
-    with pytest.raises(EvaluatorError, match="use one of exact_match"):
+    with pytest.raises(
+        EvaluatorError, match=r"evaluator is 'exakt', which is no evaluator. Known: custom, exact_match"
+    ):
         build_evaluator("exakt")
 
 

@@ -8,13 +8,29 @@ that graduates glides down from checking everything.
 from __future__ import annotations
 
 import importlib
+import json
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from apprentice.errors import ApprenticeError
+from apprentice.registry import DECAY, Plugin, RegistryError
 
-__all__ = ["CURVES", "Curve", "curve", "exponential", "linear", "next_rate", "step", "tabulate", "target_rate"]
+__all__ = [
+    "CURVES",
+    "Curve",
+    "Decay",
+    "as_text",
+    "curve",
+    "exponential",
+    "linear",
+    "next_rate",
+    "step",
+    "tabulate",
+    "target_rate",
+]
 
 type Curve = Callable[[float, float, float], float]
 """(correlation, trigger, floor) -> rate in [floor, 1]."""
@@ -46,23 +62,33 @@ def step(correlation: float, trigger: float, floor: float) -> float:
     return 1.0 - (1.0 - floor) * stair
 
 
+class Decay(Plugin, ABC):
+    """The base class of a decay function that has options; without any, a function does."""
+
+    @classmethod
+    @abstractmethod
+    def configured(cls, options: Any) -> Curve:
+        """Made from an instance of ``Options``, None without one."""
+
+
 CURVES: dict[str, Curve] = {"linear": linear, "exponential": exponential, "step": step}
+"""Those that `sampling.decay_function` names."""
+
+
+def as_text(options: Mapping[str, Any]) -> str:
+    """A decay function's options as `curve` takes them."""
+    return json.dumps(options, sort_keys=True, default=str) if options else ""
 
 
 @lru_cache(maxsize=64)
-def curve(name: str) -> Curve:
-    """The curve called ``name``, or the function at ``module:function``.
+def curve(name: str, options: str = "") -> Curve:
+    """The curve called ``name``, ours or an installed package's, or the function at ``module:function``.
 
     Raises ApprenticeError where there is none.
     """
-    if name in CURVES:
-        return CURVES[name]
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ApprenticeError(
-            f"sampling.decay_function is {name!r}; use one of {', '.join(CURVES)}, or module:function "
-            "taking (correlation, trigger, floor) and returning a rate"
-        )
+        return _registered(name, options)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -73,16 +99,29 @@ def curve(name: str) -> Curve:
     return result
 
 
+def _registered(name: str, options: str) -> Curve:
+    try:
+        found = DECAY.find(name)
+        chosen = DECAY.options(found, json.loads(options) if options else {}, "decay_options")
+    except RegistryError as error:
+        raise ApprenticeError(
+            f"sampling.decay_function {error} Or write module:function, taking (correlation, trigger, floor) and "
+            "returning a rate."
+        ) from error
+    result: Curve = found.made.configured(chosen) if found.is_class else found.made
+    return result
+
+
 @lru_cache(maxsize=64)
-def tabulate(name: str, *, trigger: float, floor: float) -> tuple[float, ...]:
-    """A curve of the user's own at `POINTS` correlations from ``trigger`` to 1; nothing for the built-in ones.
+def tabulate(name: str, *, trigger: float, floor: float, options: str = "") -> tuple[float, ...]:
+    """A curve of somebody else's at `POINTS` correlations from ``trigger`` to 1; nothing for the built-in ones.
 
     It is called for these alone, and once: a function of somebody else's must not run where the rate is set, inside a
     transaction. Raises ApprenticeError if it raises, or returns something that is not a rate.
     """
     if name in CURVES:
         return ()
-    function = curve(name)
+    function = curve(name, options)
     rates = []
     for i in range(POINTS):
         correlation = trigger + (1.0 - trigger) * i / (POINTS - 1)
@@ -102,7 +141,9 @@ def tabulate(name: str, *, trigger: float, floor: float) -> tuple[float, ...]:
     return tuple(rates)
 
 
-def target_rate(name: str, correlation: float, *, trigger: float, floor: float, drop: float = 0.0) -> float:
+def target_rate(
+    name: str, correlation: float, *, trigger: float, floor: float, drop: float = 0.0, options: str = ""
+) -> float:
     """The rate that ``correlation`` asks for, were it to fall by ``drop`` once more.
 
     A curve of the user's own is held to the promises that no curve may break: 1 at or below the trigger, never below
@@ -113,7 +154,7 @@ def target_rate(name: str, correlation: float, *, trigger: float, floor: float, 
         return 1.0
     if name in CURVES:
         return min(1.0, max(floor, CURVES[name](expected, trigger, floor)))
-    rates = tabulate(name, trigger=trigger, floor=floor)
+    rates = tabulate(name, trigger=trigger, floor=floor, options=options)
     place = _progress(expected, trigger) * (POINTS - 1)
     return max(rates[math.floor(place)], rates[math.ceil(place)])
 

@@ -34,6 +34,8 @@ class TrustSettings:
     campaigns: bool = True
     """Check more than agreement asks for, where a wider slice is expected to save more than that costs."""
     decay_function: str = "exponential"
+    decay_options: str = ""
+    """Its own options as JSON, "" for none; see `sampling.as_text`."""
     trend_sensitivity: float = 0.05
     max_fall: float = 0.05
     """A comparison lowers the sampling rate at most by this share of it."""

@@ -208,7 +208,12 @@ def steer(
 
 def _rate(settings: TrustSettings, standing: float, drop: float) -> float:
     return target_rate(
-        settings.decay_function, standing, trigger=settings.coaching_trigger, floor=settings.min_floor, drop=drop
+        settings.decay_function,
+        standing,
+        trigger=settings.coaching_trigger,
+        floor=settings.min_floor,
+        drop=drop,
+        options=settings.decay_options,
     )
 
 

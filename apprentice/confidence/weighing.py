@@ -150,10 +150,7 @@ def _admitted(comparison: Comparison, evaluate: Evaluator) -> Pending | None:
     score = comparison.score
     if score is None or not 0.0 <= score <= 1.0:
         return None
-    project = getattr(evaluate, "project", None)
-    local, remote = comparison.local, comparison.remote
-    if project is not None:
-        local, remote = project(local), project(remote)
+    local, remote = evaluate.project(comparison.local), evaluate.project(comparison.remote)
     weight = 1.0
     if comparison.probability > 0.0:
         weight = min(1.0, max(0.0, comparison.sampling_rate / comparison.probability))

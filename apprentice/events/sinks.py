@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import httpx
+from pydantic import BaseModel, ConfigDict
 
+from apprentice import registry
 from apprentice.events.kinds import EventKind
+from apprentice.registry import Plugin
 from apprentice.secrets import register_url, scrub_error, scrub_values
-from apprentice.settings.config import AlertSettings
+from apprentice.settings.config import AlertSettings, Url
 from apprentice.store.records import EventRecord
 
-__all__ = ["SINKS", "Sink", "Undelivered", "Webhook", "message", "sinks_of"]
+__all__ = ["SINKS", "Sink", "SinkPlugin", "Undelivered", "Webhook", "message", "sinks_of"]
 
 _LONGEST_PAUSE_S = 600.0
 # As for a vendor: the server was busy, slow or restarting.
@@ -40,10 +44,30 @@ class Sink(Protocol):
         """Deliver one event. Raises `Undelivered`; what else it raises counts as that, to be tried again."""
 
 
-class Webhook:
+class SinkPlugin(Plugin, ABC):
+    """The base class of what `alerts.sinks` names: a `Sink` that says how it is made."""
+
+    @classmethod
+    @abstractmethod
+    def configured(cls, options: Any) -> Sink:
+        """Made from an instance of ``Options``, None without one."""
+
+
+class Webhook(SinkPlugin):
     """POSTs `message` as JSON. The URL is a secret: at Slack and Teams whoever has it can write to the channel."""
 
     name = "webhook"
+
+    class Options(BaseModel):
+        """What `alerts.sinks` may say of it; `alerts.webhook` is short for that."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+        url: Url
+
+    @classmethod
+    def configured(cls, options: Any) -> Webhook:
+        return cls(options.url)
 
     def __init__(self, url: str) -> None:
         register_url(url, whole=True)
@@ -61,14 +85,17 @@ class Webhook:
             raise Undelivered(f"it answered {status}", again=status in _AGAIN or status >= 500, after_s=after_s)
 
 
-SINKS: Mapping[str, Callable[[str], Sink]] = {"webhook": Webhook}
-"""Key of the section `alerts` -> the sink that its value makes."""
+SINKS: Mapping[str, type[SinkPlugin]] = {"webhook": Webhook}
+"""Those that `alerts.sinks` names."""
 
 
 def sinks_of(settings: AlertSettings) -> list[Sink]:
-    """The sinks that a configuration names."""
-    chosen = [(make, getattr(settings, name)) for name, make in SINKS.items()]
-    return [make(value) for make, value in chosen if value]
+    """The sinks that a configuration names. Raises `RegistryError`."""
+    sinks: list[Sink] = [Webhook(settings.webhook)] if settings.webhook else []
+    for name, given in settings.sinks.items():
+        kind = registry.SINKS.find(name)
+        sinks.append(kind.made.configured(registry.SINKS.options(kind, given, f"sinks.{name}")))
+    return sinks
 
 
 def message(event: EventRecord) -> dict[str, Any]:

@@ -6,16 +6,23 @@ version's name is the content hash of its adapter folder, so the same name is th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from apprentice.prompts import compact_prompt
+from apprentice.registry import Plugin
 from apprentice.schemas.schema import Schema
 
-__all__ = ["AnsweredBy", "Engine", "Health", "LoadedVersion", "LocalAnswer", "Version"]
+if TYPE_CHECKING:
+    from apprentice.local.leases import Leases
+    from apprentice.money.budget import Budget
+    from apprentice.settings.config import LocalSettings
+
+__all__ = ["AnsweredBy", "Engine", "EnginePlugin", "EngineSetup", "Health", "LoadedVersion", "LocalAnswer", "Version"]
 
 
 type AnsweredBy = Literal["head", "lora", "both"]
@@ -114,3 +121,31 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """What an engine is made with. Relative paths start at ``root``.
+
+    ``leases``: how processes agree on what they use on a server that they share; None: nobody shares it. ``budget``
+    pays for an engine whose answers cost money; None: nothing may cost.
+    """
+
+    settings: LocalSettings
+    root: Path
+    leases: Leases | None = None
+    budget: Budget | None = None
+
+
+class EnginePlugin(Plugin, ABC):
+    """The base class of what `local.backend` names: an `Engine` that says how it is made from its section."""
+
+    default_url: ClassVar[str | None] = None
+    """Where its server is unless `local.url` says otherwise; None if it needs none."""
+    keeps_models: ClassVar[bool] = False
+    """Whether `local.base_model` is a name at its server, of which nothing lies on this machine."""
+
+    @classmethod
+    @abstractmethod
+    def configured(cls, setup: EngineSetup, options: Any) -> Engine:
+        """Made from its section and an instance of ``Options``, None without one. What is heavy waits for `load`."""

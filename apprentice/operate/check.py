@@ -22,6 +22,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from apprentice.errors import ApprenticeError, ConfigError, MissingExtra
+from apprentice.registry import DECAY, ENGINES, EVALUATORS, KINDS, PROVIDERS, SINKS, TRAINERS, Plugin, Registry
 from apprentice.settings.config import Settings, TaskSettings
 
 __all__ = ["Finding", "findings", "sqlite_path"]
@@ -29,19 +30,6 @@ __all__ = ["Finding", "findings", "sqlite_path"]
 type State = Literal["ok", "problem", "not tried"]
 
 _PATIENCE_S = 3.0
-_MOST_ENUM_VALUES = 1000  # that OpenAI enforces in one schema
-_MOST_ENUM_VALUES_GOOGLE = 200
-_ENGINE_URLS = {"vllm": "http://127.0.0.1:8000", "ollama": "http://127.0.0.1:11434"}
-_ENGINE_PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "embedded": (("torch", "transformers", "peft", "safetensors", "gguf"), "embedded"),
-    "llama_cpp": (("gguf", "xllamacpp"), "llama_cpp"),
-}
-_TRAINER_PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "huggingface": (("torch", "transformers", "peft", "accelerate"), "embedded"),
-    "unsloth": (("unsloth",), "unsloth"),
-    "axolotl": (("axolotl",), "axolotl"),
-    "openai": ((), "flows"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +72,9 @@ def _parts(settings: Settings, environ: Mapping[str, str]) -> Iterator[tuple[str
     yield "local.encoder", partial(_encoder, settings)
     yield "local.fine_tune_backend", partial(_trainer, settings, environ)
     yield "tracking", partial(_tracking, settings)
+    for name in settings.alerts.sinks:
+        yield f"alerts.sinks.{name}", partial(_sink, name)
+    yield "packages", _packages
     if settings.alerts.webhook:
         yield "alerts.webhook", lambda: iter([Finding("not tried", "alerts.webhook", "a post would be an alert")])
 
@@ -94,7 +85,8 @@ def _remote(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]
     check_remote(settings, environ)
     for i, provider in enumerate(settings.remote.providers):
         part = f"remote.additional_providers[{i - 1}]" if i else "remote"
-        yield Finding("ok", part, f"{provider.provider} {provider.model}: its key is set and its price known")
+        its = "its key is set and its price known" if provider.api_key_env else "its price is known"
+        yield Finding("ok", part, f"{provider.provider} {provider.model}{_from(PROVIDERS, provider.provider)}: {its}")
     yield Finding("not tried", "remote", "whether the key is accepted: asking costs money")
 
 
@@ -103,7 +95,7 @@ def _evaluator(task: TaskSettings) -> Iterator[Finding]:
 
     evaluator_of(task)
     detail = task.evaluator_function if task.evaluator == "custom" else task.evaluator
-    yield Finding("ok", f"{task.name}.evaluator", str(detail))
+    yield Finding("ok", f"{task.name}.evaluator", f"{detail}{_from(EVALUATORS, task.evaluator)}")
 
 
 def _redact(task: TaskSettings) -> Iterator[Finding]:
@@ -114,27 +106,42 @@ def _redact(task: TaskSettings) -> Iterator[Finding]:
 
 
 def _decay(settings: Settings) -> Iterator[Finding]:
-    from apprentice.confidence.sampling import tabulate
+    from apprentice.confidence.sampling import as_text, tabulate
 
     name, floor = settings.sampling.decay_function, settings.sampling.min_floor
+    options = as_text(settings.sampling.decay_options)
     for trigger in {task.confidence_thresholds.coaching_trigger for task in settings.tasks}:
-        tabulate(name, trigger=trigger, floor=floor)
-    yield Finding("ok", "sampling.decay_function", name)
+        tabulate(name, trigger=trigger, floor=floor, options=options)
+    yield Finding("ok", "sampling.decay_function", name if ":" in name else f"{name}{_from(DECAY, name)}")
+
+
+def _sink(name: str) -> Iterator[Finding]:
+    yield Finding("not tried", f"alerts.sinks.{name}", f"{name}{_from(SINKS, name)}: what it sends would be an alert")
+
+
+def _packages() -> Iterator[Finding]:
+    """Names that other packages bring for nothing, because we have a thing of that name."""
+    for kind in KINDS:
+        for sentence in kind.shadowed():
+            yield Finding("ok", kind.key, sentence)
+
+
+def _from(kind: Registry, name: str) -> str:
+    """Whose thing it is, where it is not ours."""
+    found = kind.find(name)
+    return "" if found.is_ours else f" (from {found.package})"
 
 
 def _vendors_limits(settings: Settings, task: TaskSettings) -> Iterator[Finding]:
-    from apprentice.remote.dialects import closed, gemini, strict
-
     document, part = task.output_schema.json_schema, f"{task.name}.output_schema"
-    dialects = {"anthropic": closed, "google": gemini}
     for name in dict.fromkeys(provider.provider for provider in settings.remote.providers):
-        most = _MOST_ENUM_VALUES_GOOGLE if name == "google" else _MOST_ENUM_VALUES
-        listed = _enum_values(document)
-        if dialects.get(name, strict)(document) is None:
+        vendor = PROVIDERS.find(name).made
+        listed, most = _enum_values(document), vendor.most_enum_values
+        if vendor.dialect(document) is None:
             yield Finding(
                 "ok", part, f"{name} cannot enforce it (free-form fields, or keywords it lacks): checked here"
             )
-        elif name != "anthropic" and listed > most:
+        elif most is not None and listed > most:
             yield Finding("ok", part, f"{name} may refuse to enforce {listed} enum values: then they are checked here")
         else:
             yield Finding("ok", part, f"{name} enforces it")
@@ -201,30 +208,29 @@ def _postgres(url: str) -> Finding:
 def _engine(settings: Settings) -> Iterator[Finding]:
     local = settings.local
     part = "local.backend"
-    url = local.url or _ENGINE_URLS.get(local.backend)
-    if local.backend == "hosted":
-        yield Finding("not tried", part, "hosted: the vendor is asked for the first time when a version is served")
+    engine = ENGINES.find(local.backend).made
+    name = f"{local.backend}{_from(ENGINES, local.backend)}"
+    url = local.url or engine.default_url
+    if engine.is_paid:
+        yield Finding("not tried", part, f"{name}: the vendor is asked for the first time when a version is served")
         return
     if url is None:
-        packages, extra = _ENGINE_PACKAGES[local.backend]
-        missing = [name for name in packages if not _is_there(name)]
-        if missing:
-            raise MissingExtra(f"local.backend: {local.backend} ({', '.join(missing)})", extra)
-        yield Finding("ok", part, f"{local.backend}: what it needs is installed")
+        _need(engine, f"{part}: {name}")
+        yield Finding("ok", part, f"{name}: what it needs is installed")
         return
     why = _no_answer(url)
     if why:
         remedy = "Start it, or correct local.url; until then the remote answers everything."
-        yield Finding("problem", part, f"{local.backend} at {url} does not answer ({why}). {remedy}")
+        yield Finding("problem", part, f"{name} at {url} does not answer ({why}). {remedy}")
     else:
-        yield Finding("ok", part, f"{local.backend} answers at {url}")
+        yield Finding("ok", part, f"{name} answers at {url}")
 
 
 def _base_model(settings: Settings) -> Iterator[Finding]:
     local = settings.local
     name = local.training_model or local.base_model
     part = "local.training_model" if local.training_model else "local.base_model"
-    if local.backend in ("hosted", "ollama") and not local.training_model:
+    if ENGINES.find(local.backend).made.keeps_models and not local.training_model:
         yield Finding("not tried", part, f"{name}: whether the server has it")
         return
     if not all(map(_is_there, ("transformers", "safetensors"))):
@@ -261,17 +267,24 @@ def _trainer(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding
     if not _is_there("flows"):
         yield Finding("not tried", part, f"{backend}: no flows/ here, so training runs elsewhere")
         return
-    packages, extra = _TRAINER_PACKAGES[backend]
-    missing = [name for name in packages if not _is_there(name)]
-    if missing:
-        raise MissingExtra(f"local.fine_tune_backend: {backend} ({', '.join(missing)})", extra)
+    trainer = TRAINERS.find(backend).made
+    _need(trainer, f"{part}: {backend}")
     missing = [name for name in ("prefect", "mlflow", "datasketch") if not _is_there(name)]
     if missing:
         raise MissingExtra(f"training ({', '.join(missing)})", "flows")
-    if backend == "openai" and not environ.get("OPENAI_API_KEY", "").strip():
-        yield Finding("problem", part, "openai needs the key in OPENAI_API_KEY. Run: export OPENAI_API_KEY=...")
-    else:
-        yield Finding("ok", part, f"{backend}: what it needs is installed")
+    unset = [name for name in trainer.environment if not environ.get(name, "").strip()]
+    for name in unset:
+        yield Finding("problem", part, f"{backend} needs the key in {name}. Run: export {name}=...")
+    if not unset:
+        yield Finding("ok", part, f"{backend}{_from(TRAINERS, backend)}: what it needs is installed")
+
+
+def _need(made: type[Plugin], what: str) -> None:
+    missing = [name for name in made.packages if not _is_there(name)]
+    if missing and made.extra:
+        raise MissingExtra(f"{what} ({', '.join(missing)})", made.extra)
+    if missing:
+        raise ApprenticeError(f"{what} needs {', '.join(missing)}, which cannot be imported here. Install that.")
 
 
 def _tracking(settings: Settings) -> Iterator[Finding]:

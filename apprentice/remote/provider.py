@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import httpx
 
+from apprentice.registry import Plugin
 from apprentice.remote.transport import Request
 from apprentice.schemas.schema import compact_json
+from apprentice.settings.config import ProviderSettings
 from apprentice.store import Usage
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "MalformedAnswer",
     "Prompt",
     "Provider",
+    "ProviderPlugin",
     "Turn",
     "VendorError",
     "address",
@@ -100,6 +104,25 @@ class Provider(Protocol):
 
         Raises `VendorError` where it holds an error, `MalformedAnswer` or whatever else a body of another shape causes.
         """
+
+
+class ProviderPlugin(Plugin, ABC):
+    """The base class of what `remote.provider` names: a `Provider` that says how it is made from its section."""
+
+    needs: ClassVar[tuple[str, ...]] = ("api_key_env",)
+    """Keys of its section that must be there."""
+    most_enum_values: ClassVar[int | None] = None
+    """How many words of enums the vendor enforces in one schema, at most; None if it names no limit."""
+
+    @staticmethod
+    def dialect(schema: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The schema as the vendor takes it to enforce it; None if it cannot."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def configured(cls, settings: ProviderSettings, key: str, options: Any) -> Provider:
+        """Made from its section, its key ("" if it names none) and an instance of ``Options``, None without one."""
 
 
 class Body:

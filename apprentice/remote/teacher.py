@@ -31,13 +31,11 @@ from apprentice.errors import (
 )
 from apprentice.money.budget import Account
 from apprentice.prompts import remote_system, remote_user
+from apprentice.registry import PROVIDERS
 from apprentice.remote.answers import bare_json, fit, read
-from apprentice.remote.anthropic import Anthropic
 from apprentice.remote.breaker import Breaker
 from apprentice.remote.failures import Failure, of_exception
-from apprentice.remote.google import Google
 from apprentice.remote.limits import Limits
-from apprentice.remote.openai import OpenAIChat, OpenAIResponses
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import FORMATS, Completion, Format, Prompt, Provider, Turn
 from apprentice.remote.transport import Request, Send
@@ -76,16 +74,10 @@ class RemoteAnswer:
 
 
 def make_provider(settings: ProviderSettings, key: str) -> Provider:
-    """The provider of a vendor's protocol."""
-    match settings.provider:
-        case "anthropic":
-            return Anthropic(settings.model, key, settings.base_url)
-        case "google":
-            return Google(settings.model, key, settings.base_url)
-        case "openai" if settings.api == "responses":
-            return OpenAIResponses(settings.model, key, settings.base_url)
-        case name:
-            return OpenAIChat(settings.model, key, settings.base_url, name=name)
+    """The provider that a section names. Raises `RegistryError`."""
+    kind = PROVIDERS.find(settings.provider)
+    provider: Provider = kind.made.configured(settings, key, PROVIDERS.options(kind, settings.options, "options"))
+    return provider
 
 
 @dataclass(slots=True)

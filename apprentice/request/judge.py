@@ -28,19 +28,20 @@ from apprentice.confidence.figures import Figures
 from apprentice.confidence.groups import group_of
 from apprentice.confidence.novelty import Vocabulary
 from apprentice.confidence.phases import Phase
-from apprentice.confidence.sampling import tabulate
+from apprentice.confidence.sampling import as_text, tabulate
 from apprentice.confidence.settings import TrustSettings
 from apprentice.confidence.trust import Trust
 from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Seed, Stale, Weighed, weigh, weigh_seed
 from apprentice.errors import EvaluatorError, MissingExtra
-from apprentice.evaluators import Evaluation, Evaluator, build_evaluator
+from apprentice.evaluators import Evaluation, Evaluator, made_evaluator
 from apprentice.events import kinds
 from apprentice.events.emitter import QUIET_S
 from apprentice.events.kinds import Level
 from apprentice.lifecycle.changes import changed_at, remote_change
 from apprentice.local.engine import LocalAnswer
+from apprentice.registry import EVALUATORS
 from apprentice.request.time_limit import TimeLimit, TookTooLong
 from apprentice.schemas.schema import Schema
 from apprentice.settings.config import Settings, TaskSettings
@@ -80,15 +81,13 @@ class _Observed(NamedTuple):
     unverified: float
 
 
-class _Guarded:
+class _Guarded(Evaluator):
     """An evaluator of which nothing but `EvaluatorError` comes out."""
 
     def __init__(self, evaluate: Evaluator, name: str) -> None:
         self._evaluate = evaluate
         self._name = name
-        for optional in ("project", "expect"):
-            if hasattr(evaluate, optional):
-                setattr(self, optional, getattr(evaluate, optional))
+        self.is_quick, self.has_ceiling = evaluate.is_quick, evaluate.has_ceiling
 
     def __call__(self, local: Mapping[str, Any], remote: Mapping[str, Any]) -> Evaluation:
         try:
@@ -98,15 +97,20 @@ class _Guarded:
         except Exception as error:
             raise EvaluatorError(f"evaluator {self._name} raised {type(error).__name__}: {error}") from error
 
+    def project(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._evaluate.project(answer)
 
-class _Bounded:
+    def expect(self, confidences: Mapping[str, float]) -> float | None:
+        return self._evaluate.expect(confidences)
+
+
+class _Bounded(Evaluator):
     """An evaluator that comes back in time, with an `EvaluatorError` if it must."""
 
     def __init__(self, evaluate: Evaluator, limit: TimeLimit) -> None:
         self._evaluate = evaluate
         self._limit = limit
-        if hasattr(evaluate, "project"):
-            self.project = evaluate.project
+        self.has_ceiling = evaluate.has_ceiling
 
     def __call__(self, local: Mapping[str, Any], remote: Mapping[str, Any]) -> Evaluation:
         try:
@@ -114,18 +118,17 @@ class _Bounded:
         except TookTooLong as error:
             raise EvaluatorError(str(error)) from error
 
+    def project(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._evaluate.project(answer)
+
+    def expect(self, confidences: Mapping[str, float]) -> float | None:
+        return self._evaluate.expect(confidences)
+
 
 def evaluator_of(task: TaskSettings) -> Evaluator:
-    """The evaluator that the task's configuration names. Raises `EvaluatorError`, `MissingExtra`."""
-    return build_evaluator(
-        task.evaluator,
-        match_fields=task.match_fields,
-        field_weights=task.field_weights,
-        numeric_tolerance=task.numeric_tolerance,
-        ordered=task.ordered_lists,
-        model=task.evaluator_model,
-        function=task.evaluator_function,
-    )
+    """The evaluator that the task's configuration names. Raises `EvaluatorError`, `MissingExtra`, `RegistryError`."""
+    found = EVALUATORS.find(task.evaluator)
+    return made_evaluator(found, task.options_of(found))
 
 
 def trust_settings(settings: Settings, task: TaskSettings) -> TrustSettings:
@@ -145,6 +148,7 @@ def trust_settings(settings: Settings, task: TaskSettings) -> TrustSettings:
         max_bad_answers=sampling.max_bad_answers,
         campaigns=sampling.campaigns,
         decay_function=sampling.decay_function,
+        decay_options=as_text(sampling.decay_options),
         trend_sensitivity=sampling.trend_sensitivity,
         max_fall=sampling.max_fall,
         arl=sampling.mean_time_to_false_alarm,
@@ -174,7 +178,6 @@ class Judge:
         self._limits = {
             task.name: TimeLimit(f"evaluator {task.evaluator_function or task.evaluator}", evaluator_s)
             for task in settings.tasks
-            if task.evaluator not in ("exact_match", "structured_match")  # ours, and bounded
         }
         self._settings = {task.name: trust_settings(settings, task) for task in settings.tasks}
         self._locks = {task.name: threading.Lock() for task in settings.tasks}
@@ -192,7 +195,12 @@ class Judge:
         """
         for task, numbers in self._settings.items():
             self.evaluator(task)
-            tabulate(numbers.decay_function, trigger=numbers.coaching_trigger, floor=numbers.min_floor)
+            tabulate(
+                numbers.decay_function,
+                trigger=numbers.coaching_trigger,
+                floor=numbers.min_floor,
+                options=numbers.decay_options,
+            )
 
     def evaluator(self, task: str) -> Evaluator:
         """The task's evaluator; whatever goes wrong in it is an `EvaluatorError`."""
@@ -205,13 +213,12 @@ class Judge:
 
     def bounded_evaluator(self, task: str) -> Evaluator:
         """The evaluator; one that hangs is an `EvaluatorError` too, after its time limit."""
-        evaluate, limit = self.evaluator(task), self._limits.get(task)
-        return evaluate if limit is None else _Bounded(evaluate, limit)
+        evaluate = self.evaluator(task)
+        return evaluate if evaluate.is_quick else _Bounded(evaluate, self._limits[task])
 
     def rate(self, task: str, answer: LocalAnswer) -> LocalAnswer:
-        """The answer with the confidence that this task's evaluator cares about; see `StructuredMatch.expect`."""
-        expect = getattr(self.evaluator(task), "expect", None)
-        expected = expect(answer.field_confidence) if expect is not None else None
+        """The answer with the confidence that this task's evaluator cares about; see `Evaluator.expect`."""
+        expected = self.evaluator(task).expect(answer.field_confidence)
         return answer if expected is None else replace(answer, confidence=expected)
 
     def figures(self, task: str, version: str | None = None) -> Figures:
@@ -223,10 +230,9 @@ class Judge:
 
         Of the newest pairs since the remote last changed, as far as that was found out.
         """
-        changed, settings = remote_change(self._store, task), self._tasks[task]
+        changed = remote_change(self._store, task)
         pairs = self._store.pairs(task, since=changed.since if changed else 0.0, limit=_PAIRS)
-        bounded = settings.evaluator != "custom" and not settings.numeric_tolerance
-        return ceiling_of(pairs, self._settings[task], bounded=bounded)
+        return ceiling_of(pairs, self._settings[task], bounded=self.evaluator(task).has_ceiling)
 
     # ------------------------------------------------------------- from routers
 
@@ -304,8 +310,8 @@ class Judge:
                 basis = self._loaded(self._store.policy_row(task, version)).basis()
         # Where it completes the warm-up, all that waited are weighed with it; a slow evaluator is asked less of each.
         many = basis.waiting is not None and len(basis.waiting) + 1 >= basis.enough
-        draws = 1 if many and task in self._limits else CHANCE_DRAWS
         evaluate = self.evaluator(task)
+        draws = CHANCE_DRAWS if evaluate.is_quick or not many else 1
         return self._limited(
             task, lambda: weigh(comparison, basis, evaluate, self._draw, opening_draws=draws), times=5 if many else 1
         )
@@ -318,8 +324,7 @@ class Judge:
             self._update(record.task, change, version=record.version)
 
     def _limited[T](self, task: str, ask: Callable[[], T], *, times: int = 1) -> T:
-        limit = self._limits.get(task)
-        return ask() if limit is None else limit.run(ask, times=times)
+        return ask() if self.evaluator(task).is_quick else self._limits[task].run(ask, times=times)
 
     def watch(
         self,

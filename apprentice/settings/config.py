@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +26,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
 from apprentice.errors import ConfigError, Problem
+from apprentice.registry import DECAY, ENGINES, EVALUATORS, PROVIDERS, SINKS, TRAINERS, Found, Registry, RegistryError
 from apprentice.schemas.json_values import InvalidValue
 from apprentice.schemas.schema import Schema, parse_schema
 from apprentice.secrets import register, register_environment, register_url, scrub
@@ -41,6 +46,7 @@ from apprentice.settings.yaml_file import line_of, read_yaml
 __all__ = [
     "BudgetSettings",
     "LocalSettings",
+    "Named",
     "ProviderSettings",
     "RemoteSettings",
     "SamplingSettings",
@@ -102,6 +108,50 @@ def _a_schema(value: object) -> Schema:
     return value if isinstance(value, Schema) else parse_schema(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A name that a registry knows, ours or another package's; ``or_function``: or module:function."""
+
+    registry: Registry
+    or_function: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        if not self.registry.is_here:
+            return {"type": "string"}
+        names: dict[str, Any] = {"enum": self.registry.known(), "type": "string"}
+        return {"anyOf": [names, _FUNCTION]} if self.or_function else names
+
+    def _known(self, name: str) -> str:
+        if self.or_function and ":" in name:
+            return _module_function(name)
+        if self.registry.is_here and name not in self.registry.built_in:
+            _found(self.registry, name)
+        return name
+
+
+def _found(registry: Registry, name: str) -> Found:
+    try:
+        return registry.find(name)
+    except RegistryError as error:
+        raise InvalidValue(error.problems) from None
+
+
+def _fits(registry: Registry, name: str, given: Mapping[str, Any], key: str) -> None:
+    """Check a thing's own options; one of ours that is given none need not be imported for it."""
+    if not given and (name in registry.built_in or not registry.is_here):
+        return
+    try:
+        registry.options(registry.find(name), given, key)
+    except RegistryError as error:
+        raise InvalidValue(error.problems) from None
+
+
+_FUNCTION = {"type": "string", "pattern": r"^[^\s:.]+(\.[^\s:.]+)*:[^\s:.]+$"}
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Correlation = Annotated[float, Field(ge=-1, le=1)]
 # the ledger counts in billionths of a dollar, in 64 bits
@@ -116,8 +166,9 @@ Url = Annotated[FromEnvironment, AfterValidator(_a_url)]
 ModuleFunction = Annotated[
     str,
     AfterValidator(_module_function),
-    WithJsonSchema({"type": "string", "pattern": r"^[^\s:.]+(\.[^\s:.]+)*:[^\s:.]+$"}),
+    WithJsonSchema(_FUNCTION),
 ]
+Options = Mapping[str, Any]
 TaskSchema = Annotated[
     Schema,
     BeforeValidator(_a_schema),
@@ -226,9 +277,10 @@ class TaskSettings(_Section):
     input_schema: TaskSchema = Field(description="what a request holds")
     output_schema: TaskSchema = Field(description="what an answer holds")
     instructions: str = Field("", description="more for the remote: rules, definitions, examples")
-    evaluator: Literal["exact_match", "structured_match", "semantic_similarity", "custom"] = Field(
+    evaluator: Annotated[str, Named(EVALUATORS)] = Field(
         "structured_match", description="how two answers are compared; docs/trust.md"
     )
+    evaluator_options: Options = Field(default_factory=dict, description="the evaluator's own; docs/extending.md")
     match_fields: tuple[str, ...] = Field((), description="fields that structured_match compares; all when empty")
     field_weights: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="of match_fields in structured_match; 1 each when empty"
@@ -265,9 +317,31 @@ class TaskSettings(_Section):
         ]
         if problems:
             raise InvalidValue(problems)
-        if self.evaluator == "custom" and not self.evaluator_function:
-            raise ValueError("evaluator: custom needs evaluator_function: module:function")
+        kind = _found(EVALUATORS, self.evaluator)
+        try:
+            EVALUATORS.options(kind, self.options_of(kind), "evaluator_options")
+        except RegistryError as error:
+            raise InvalidValue([self._placed(problem) for problem in error.problems]) from None
         return self
+
+    def options_of(self, evaluator: Found) -> dict[str, Any]:
+        """What an evaluator is made from: ``evaluator_options``, and this task's keys that its ``Options`` name."""
+        named = evaluator.model.model_fields if evaluator.model else {}
+        own = {key: getattr(self, key) for key in named if key in _EVALUATOR_KEYS}
+        return {**{key: value for key, value in own.items() if value is not None}, **self.evaluator_options}
+
+    def _placed(self, problem: Problem) -> Problem:
+        """A problem of one of this task's own keys at that key."""
+        key = problem.path.removeprefix("evaluator_options.")
+        return replace(problem, path=key) if key.partition(".")[0] in _EVALUATOR_KEYS else problem
+
+
+# The keys of a task that an evaluator's `Options` may name as fields of its own.
+_EVALUATOR_KEYS = frozenset(
+    {
+        "evaluator_function", "evaluator_model", "field_weights", "match_fields", "numeric_tolerance", "ordered_lists"
+    }
+)  # fmt: skip
 
 
 class ModelPrice(_Section):
@@ -289,7 +363,8 @@ class ModelPrice(_Section):
 class ProviderSettings(_Section):
     """One vendor's API and the model asked there."""
 
-    provider: Literal["anthropic", "openai", "google", "openai_compatible"] = Field(description="whose API it is")
+    provider: Annotated[str, Named(PROVIDERS)] = Field(description="whose API it is; docs/remote.md")
+    options: Options = Field(default_factory=dict, description="the provider's own; docs/extending.md")
     model: str = Field(min_length=1, description="the model's name there")
     api_key_env: str = Field("", description="name of the environment variable that holds the key")
     base_url: Url | None = Field(None, description="another endpoint of the same protocol")
@@ -305,12 +380,11 @@ class ProviderSettings(_Section):
 
     @model_validator(mode="after")
     def _reachable(self) -> ProviderSettings:
-        if self.provider == "openai_compatible" and not self.base_url:
-            raise ValueError("provider: openai_compatible needs base_url")
-        if self.provider != "openai_compatible" and not self.api_key_env:
-            raise ValueError(
-                f"provider: {self.provider} needs api_key_env, the name of the variable that holds the key"
-            )
+        for key in _found(PROVIDERS, self.provider).made.needs:
+            if not getattr(self, key):
+                meaning = ProviderSettings.model_fields[key].description
+                raise ValueError(f"provider: {self.provider} needs {key}, the {str(meaning).removeprefix('another ')}")
+        _fits(PROVIDERS, self.provider, self.options, "options")
         return self
 
 
@@ -353,18 +427,18 @@ class TrainingSettings(_Section):
 class LocalSettings(_Section):
     """The open-weight model that learns, the engine that runs it and the trainer that teaches it."""
 
-    backend: Literal["embedded", "vllm", "llama_cpp", "ollama", "hosted"] = Field(
-        "embedded", description="the engine; docs/engines.md"
-    )
+    backend: Annotated[str, Named(ENGINES)] = Field("embedded", description="the engine; docs/engines.md")
+    backend_options: Options = Field(default_factory=dict, description="the engine's own; docs/extending.md")
     base_model: str = Field(
         "HuggingFaceTB/SmolLM2-135M-Instruct", description="hub id, folder, GGUF file or engine tag"
     )
     training_model: str | None = Field(None, description="the same weights for the trainer, where base_model is a tag")
     url: Url | None = Field(None, description="of a running vllm, llama_cpp or ollama server, or of a hosted model")
     api_key_env: str = Field("OPENAI_API_KEY", description="variable that holds the key, for backend: hosted")
-    fine_tune_backend: Literal["huggingface", "unsloth", "axolotl", "openai"] = Field(
+    fine_tune_backend: Annotated[str, Named(TRAINERS)] = Field(
         "huggingface", description="the trainer; docs/training.md"
     )
+    fine_tune_options: Options = Field(default_factory=dict, description="the trainer's own; docs/extending.md")
     fine_tune_batch_size: int = Field(100, ge=1, description="new examples before another training run")
     fine_tune_growth: Annotated[float, Field(ge=0)] = Field(0.5, description="least growth of the corpus between runs")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -379,13 +453,22 @@ class LocalSettings(_Section):
     cost_per_hour: Money = Field(Decimal(0), description="what the local machine costs; subtracted from savings")
     promotion_margin: Fraction = Field(0.01, description="how much worse than the champion a candidate may be, at most")
 
+    @model_validator(mode="after")
+    def _own_options(self) -> LocalSettings:
+        _fits(ENGINES, self.backend, self.backend_options, "backend_options")
+        if TRAINERS.is_here:  # a machine that only answers needs no trainer
+            _fits(TRAINERS, self.fine_tune_backend, self.fine_tune_options, "fine_tune_options")
+        return self
+
 
 class SamplingSettings(_Section):
     """How often a served request is checked against the remote."""
 
-    decay_function: Literal["linear", "exponential", "step"] | ModuleFunction = Field(
-        "exponential", description="how the rate falls from coaching_trigger to a correlation of 1"
+    decay_function: Annotated[str, Named(DECAY, or_function=True)] = Field(
+        "exponential",
+        description="how the rate falls from coaching_trigger to a correlation of 1; or module:function",
     )
+    decay_options: Options = Field(default_factory=dict, description="the decay function's own; docs/extending.md")
     min_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.02, description="never check a smaller share of requests")
     max_bad_answers: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -423,6 +506,15 @@ class SamplingSettings(_Section):
             raise ValueError("fewer than 20 answers tell nothing: write 0, or at least 20")
         return value
 
+    @model_validator(mode="after")
+    def _own_options(self) -> SamplingSettings:
+        if ":" not in self.decay_function:
+            _fits(DECAY, self.decay_function, self.decay_options, "decay_options")
+        elif self.decay_options:
+            problem = Problem("decay_options", "are given for module:function, which takes none.", "Leave them out.")
+            raise InvalidValue([problem])
+        return self
+
 
 class TrackingSettings(_Section):
     """Where training runs and model versions are recorded."""
@@ -438,6 +530,20 @@ class AlertSettings(_Section):
     level: Literal["info", "warning", "critical"] = Field(
         "warning", description="the least grave that is posted; an all-clear always is"
     )
+    sinks: Mapping[str, Mapping[str, Any]] = Field(
+        default_factory=dict, description="further sinks by name, each with its options; docs/extending.md"
+    )
+
+    @model_validator(mode="after")
+    def _sinks_known(self) -> AlertSettings:
+        for name, given in self.sinks.items():
+            try:
+                SINKS.options(SINKS.find(name), given, "")
+            except RegistryError as error:
+                places = [f"sinks.{name}" + (f".{one.path}" if one.path else "") for one in error.problems]
+                problems = [replace(one, path=place) for one, place in zip(error.problems, places, strict=True)]
+                raise InvalidValue(problems) from None
+        return self
 
 
 class Settings(_Section):

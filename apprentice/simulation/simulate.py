@@ -29,7 +29,7 @@ from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Comparison
 from apprentice.errors import ConfigError, MissingExtra, Problem
-from apprentice.evaluators import Evaluation
+from apprentice.evaluators import Evaluation, evaluator
 
 __all__ = [
     "Happening",
@@ -202,6 +202,7 @@ _HIT = Evaluation(1.0, {})
 _MISS = Evaluation(0.0, {})
 
 
+@evaluator
 def _same(local: Any, remote: Any) -> Evaluation:
     return _HIT if local == remote else _MISS
 

@@ -1,4 +1,4 @@
-"""One protocol, four trainers: what turns a curated dataset into an adapter that an engine can serve.
+"""One protocol for all trainers: what turns a curated dataset into an adapter that an engine can serve.
 
 A trainer knows nothing of the store, MLflow or Prefect. It gets a `TrainingJob`, tells its progress to whoever asks,
 and leaves behind a folder named by its content. It may be killed at any moment: called again with the same job it
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from apprentice.errors import TrainingError
+from apprentice.registry import TRAINERS, Plugin
 from apprentice.schemas.schema import Schema
-from apprentice.settings.config import TrainingSettings
+from apprentice.settings.config import LocalSettings, TrainingSettings
 
 __all__ = [
     "Progress",
     "TrainedAdapter",
     "Trainer",
+    "TrainerPlugin",
     "TrainingJob",
     "TrainingNotStarted",
     "TrainingRow",
@@ -121,28 +123,26 @@ class Trainer(Protocol):
         """Train, or go on where a killed run stopped. Raises `TrainingError`; idempotent once it has returned."""
 
 
-def build_trainer(backend: str) -> Trainer:
-    """The trainer that ``local.fine_tune_backend`` names. What it needs is imported when it trains."""
-    match backend:
-        case "huggingface":
-            from flows.trainers.peft import PeftTrainer
+class TrainerPlugin(Plugin):
+    """The base class of what `local.fine_tune_backend` names: a `Trainer` that says how it is made."""
 
-            return PeftTrainer()
-        case "unsloth":
-            from flows.trainers.unsloth import UnslothTrainer
+    @classmethod
+    def configured(cls, settings: LocalSettings, options: Any) -> Trainer:
+        """Made from the section `local` and an instance of ``Options``, None without one. Imports nothing heavy."""
+        made: Any = cls()
+        trainer: Trainer = made
+        return trainer
 
-            return UnslothTrainer()
-        case "axolotl":
-            from flows.trainers.axolotl import AxolotlTrainer
 
-            return AxolotlTrainer()
-        case "openai":
-            from flows.trainers.openai import OpenAITrainer
+def build_trainer(settings: LocalSettings) -> Trainer:
+    """The trainer that ``local.fine_tune_backend`` names. What it needs is imported when it trains.
 
-            return OpenAITrainer()
-        case _:
-            known = "huggingface, unsloth, axolotl or openai"
-            raise TrainingError(f"there is no trainer {backend!r}; set local.fine_tune_backend to {known}")
+    Raises `RegistryError`.
+    """
+    kind = TRAINERS.find(settings.fine_tune_backend)
+    options = TRAINERS.options(kind, settings.fine_tune_options, "fine_tune_options")
+    trainer: Trainer = kind.made.configured(settings, options)
+    return trainer
 
 
 def read_rows(path: Path) -> Iterator[TrainingRow]:

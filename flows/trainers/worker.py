@@ -8,8 +8,8 @@ from pathlib import Path
 from apprentice.errors import ApprenticeError
 from apprentice.local.base_model import share_processors
 from flows.trainers import Progress
+from flows.trainers.backends.huggingface import PeftTrainer
 from flows.trainers.crew import Together, read_job, report
-from flows.trainers.peft import PeftTrainer
 
 
 def main(order: str) -> None:

@@ -74,7 +74,7 @@ def test_a_curve_of_the_users_own(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lineer", "use one of linear, exponential, step"),
+        ("lineer", "Did you mean 'linear'.*Known: exponential, linear, step"),
         ("no_such_module:f", "cannot be imported"),
         ("math:no_such_function", "cannot be imported"),
         ("math:pi", "is a float, not a function"),

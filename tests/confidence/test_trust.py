@@ -14,7 +14,7 @@ from apprentice.confidence.trust_events import Event, EventKind
 from apprentice.confidence.watch import LocalObservation
 from apprentice.confidence.weighing import Comparison, Stale, weigh
 from apprentice.errors import EvaluatorError
-from apprentice.evaluators import Evaluation, build_evaluator
+from apprentice.evaluators import Evaluation, build_evaluator, evaluator
 from benchmarks.trust import measure_bias, same
 
 SETTINGS = TrustSettings(max_disagreement=0.1)
@@ -269,6 +269,7 @@ def test_an_unscored_comparison_is_kept_and_bets_on_nothing():
     events = world.trust.observe(Comparison("x", None, {}, 0.5, 1, 2), same, world.draw)
     assert [e.kind for e in events] == [EventKind.UNSCORED]
 
+    @evaluator
     def failing(local: Any, remote: Any) -> Evaluation:
         raise EvaluatorError("evaluator mine raised ValueError")
 
@@ -455,6 +456,7 @@ def test_observing_costs_the_same_whatever_the_window():
     for window in (50, 500):
         count = 0
 
+        @evaluator
         def evaluate(local: Any, remote: Any) -> Evaluation:
             nonlocal count
             count += 1

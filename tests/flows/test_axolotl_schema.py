@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from apprentice.settings.config import TrainingSettings
-from flows.trainers.axolotl import axolotl_config
+from flows.trainers.backends.axolotl import axolotl_config
 from flows.trainers.recipe import choose
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from flows.dispatch import due_tasks, watch
 from flows.lease import watch_lease
 from flows.review import follow
 from flows.tracking import CHAMPION
-from flows.trainers.axolotl import AxolotlTrainer
+from flows.trainers.backends.axolotl import AxolotlTrainer
 from flows.up import Member, members, run_together
 from flows.workshop import Workshop
 from tests.flows.conftest import WITH_PREFECT_AND_MLFLOW

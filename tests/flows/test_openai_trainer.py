@@ -18,7 +18,7 @@ from apprentice.errors import ConfigError, TrainingError
 from apprentice.schemas.schema import parse_schema
 from apprentice.settings.config import TrainingSettings
 from flows.trainers import Progress, TrainingJob, TrainingNotStarted, TrainingRow
-from flows.trainers.openai import OpenAITrainer, chat_lines, estimate
+from flows.trainers.backends.openai import OpenAITrainer, chat_lines, estimate
 
 
 class FineTuningApi:

@@ -23,11 +23,11 @@ from apprentice.local.skeleton import Skeleton  # noqa: E402
 from apprentice.schemas.schema import parse_schema  # noqa: E402
 from apprentice.settings.config import TrainingSettings  # noqa: E402  # after importorskip
 from flows.trainers import Progress, TrainingJob, TrainingRow  # noqa: E402
+from flows.trainers.backends.huggingface import PeftTrainer  # noqa: E402
 from flows.trainers.batches import bucketed, padding  # noqa: E402
 from flows.trainers.encoding import encode  # noqa: E402
 from flows.trainers.halves import Halves  # noqa: E402
 from flows.trainers.labelled import IGNORED, labelled  # noqa: E402
-from flows.trainers.peft import PeftTrainer  # noqa: E402
 from flows.trainers.recipe import choose  # noqa: E402
 
 SCHEMA = parse_schema({"mood": "glad | sad", "urgent": "bool"})

@@ -100,7 +100,7 @@ from pathlib import Path
 import transformers.models.llama.modeling_llama
 from apprentice.errors import VersionError
 from apprentice.local.base_model import SMOLLM2, load_tokenizer, resolve_base_model
-from apprentice.local.embedded import EmbeddedEngine
+from apprentice.local.engines.embedded import EmbeddedEngine
 from apprentice.local.engine import Version
 from apprentice.schemas.schema import parse_schema
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from apprentice.errors import EngineUnavailable, OutputError, VersionError
-from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
+from apprentice.local.engines.embedded import EmbeddedEngine
 from apprentice.schemas.schema import parse_schema
 from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
 

@@ -14,7 +14,7 @@ import pytest
 
 from apprentice.errors import ApprenticeError, BudgetExceeded, ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
-from apprentice.local.hosted import HostedEngine
+from apprentice.local.engines.hosted import HostedEngine
 from apprentice.money.budget import Budget
 from apprentice.schemas.schema import parse_schema
 from apprentice.settings.config import BudgetSettings

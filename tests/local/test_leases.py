@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from apprentice.errors import EngineUnavailable, StoreError, VersionError
 from apprentice.local.engine import Version
+from apprentice.local.engines.vllm import VllmEngine
 from apprentice.local.leases import SharedLeases
 from apprentice.local.switch import Switch
-from apprentice.local.vllm import VllmEngine
 from apprentice.schemas.schema import parse_schema
 from apprentice.store import Store
 from apprentice.testing.vllm import FakeVllm

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from apprentice.errors import ConfigError, LocalError, OutputError, VersionError
-from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
+from apprentice.local.engines.embedded import EmbeddedEngine
+from apprentice.local.engines.llama_cpp import LlamaCppEngine
 from apprentice.local.gguf_file import read_gguf_header
-from apprentice.local.llama_cpp import LlamaCppEngine
 from apprentice.local.switch import Switch
 from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
 

@@ -12,13 +12,13 @@ import pytest
 from apprentice.errors import VersionError
 from apprentice.local.adapter import Adapter, LoraLayer, read_adapter
 from apprentice.local.base_model import SMOLLM2, resolve_base_model
-from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer
+from apprentice.local.engines.embedded import EmbeddedEngine
+from apprentice.local.engines.llama_cpp import LlamaCppEngine, _stop
 from apprentice.local.frame import Frame
 from apprentice.local.gguf_file import read_gguf_header, special_tokens, write_merged
-from apprentice.local.llama_cpp import LlamaCppEngine, _stop
 from apprentice.local.served import answer_by
-from flows.trainers.peft import save_adapter
+from flows.trainers.backends.huggingface import save_adapter
 from tests.local.conftest import EMOTION, EMOTIONS, TICKET, TICKETS, Train
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import LocalAnswer, Version
+from apprentice.local.engines.ollama import OllamaEngine, _pattern, letters
 from apprentice.local.leases import SharedLeases
-from apprentice.local.ollama import OllamaEngine, _pattern, letters
 from apprentice.local.whole import UNKNOWN
 from apprentice.schemas.schema import parse_schema
 from apprentice.store import Store
@@ -199,7 +199,9 @@ def test_a_model_that_is_gone_or_refused_is_a_version_error(
     with pytest.raises(VersionError, match="ollama pull other"):
         make("other").load(Version("base", "t", None, EMOTION))
     with monkeypatch.context() as patch:
-        patch.setattr("apprentice.local.ollama.write_merged", lambda _a, _b, target, _w: target.write_bytes(b"text"))
+        patch.setattr(
+            "apprentice.local.engines.ollama.write_merged", lambda _a, _b, target, _w: target.write_bytes(b"text")
+        )
         with pytest.raises(VersionError, match="not in GGUF format"):
             engine.load(version)
     engine.load(version)

@@ -12,7 +12,7 @@ import pytest
 
 from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local.engine import Version
-from apprentice.local.vllm import VllmEngine
+from apprentice.local.engines.vllm import VllmEngine
 from apprentice.schemas.schema import parse_schema
 from apprentice.testing.vllm import FakeVllm
 from tests.local.written import write_adapter, write_base

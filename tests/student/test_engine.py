@@ -18,8 +18,8 @@ import pytest
 from apprentice.errors import ConfigError, EngineUnavailable, OutputError, VersionError
 from apprentice.local import build_engine
 from apprentice.local.adapter import content_name
-from apprentice.local.embedded import EmbeddedEngine
 from apprentice.local.engine import LocalAnswer, Version
+from apprentice.local.engines.embedded import EmbeddedEngine
 from apprentice.local.switch import Switch
 from apprentice.schemas.schema import Schema, parse_schema
 from apprentice.settings.config import LocalSettings

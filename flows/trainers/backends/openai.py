@@ -24,7 +24,15 @@ from apprentice.schemas.schema import Schema
 from apprentice.secrets import register, scrub
 from apprentice.settings.config import read_key
 from flows.dataset import write_whole
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, TrainingNotStarted, TrainingRow, read_rows
+from flows.trainers import (
+    Progress,
+    TrainedAdapter,
+    TrainerPlugin,
+    TrainingJob,
+    TrainingNotStarted,
+    TrainingRow,
+    read_rows,
+)
 from flows.trainers.recipe import choose
 
 __all__ = ["OpenAITrainer", "chat_lines", "estimate"]
@@ -62,8 +70,11 @@ def estimate(
     return Decimal(math.ceil(tokens * epochs)) * price_per_million / 1_000_000
 
 
-class OpenAITrainer:
+class OpenAITrainer(TrainerPlugin):
     """``local.fine_tune_backend: openai``; ``local.training_model`` names the model to start from."""
+
+    environment = (_KEY,)
+    is_paid = True
 
     def __init__(
         self,
@@ -218,3 +229,6 @@ def _price(job: TrainingJob) -> Decimal:
 def _identity(job: TrainingJob) -> str:
     """The dataset's digest and the task: a job with the same is the same job."""
     return f"{job.task}-{Path(job.dataset).name.split('.')[0]}"[:64]
+
+
+REGISTERED = OpenAITrainer

@@ -25,7 +25,7 @@ from apprentice.local.adapter import content_name
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model, share_processors
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
+from flows.trainers import Progress, TrainedAdapter, TrainerPlugin, TrainingJob, read_rows
 from flows.trainers.crew import Alone, Crew, train_together
 from flows.trainers.encoding import encode
 from flows.trainers.preflight import check_local
@@ -34,8 +34,11 @@ from flows.trainers.recipe import Recipe, choose
 __all__ = ["PeftTrainer", "adopt", "save_adapter", "toolchain", "with_lora"]
 
 
-class PeftTrainer:
+class PeftTrainer(TrainerPlugin):
     """``local.fine_tune_backend: huggingface``. ``every_layer`` trains all layers on a CPU too: slower, not better."""
+
+    packages = ("torch", "transformers", "peft", "accelerate")
+    extra = "embedded"
 
     def __init__(self, *, every_layer: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._every_layer = every_layer
@@ -200,3 +203,6 @@ def toolchain(*packages: str) -> dict[str, str]:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+REGISTERED = PeftTrainer

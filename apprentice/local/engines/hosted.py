@@ -20,7 +20,7 @@ import httpx
 
 from apprentice.errors import BudgetExceeded, ConfigError, EngineUnavailable, OutputError, Problem, VersionError
 from apprentice.local.drained import Drained
-from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.engine import EnginePlugin, EngineSetup, Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.served import ask_all, refusal
 from apprentice.local.skeleton import Skeleton
 from apprentice.local.whole import field_confidence
@@ -28,9 +28,9 @@ from apprentice.money.budget import Budget, PaidCall
 from apprentice.remote.answers import fit
 from apprentice.remote.dialects import strict
 from apprentice.remote.failures import of_exception, of_response
-from apprentice.remote.openai import read_chat
 from apprentice.remote.pricing import PriceList, check_price
 from apprentice.remote.provider import Completion
+from apprentice.remote.providers.openai import read_chat
 from apprentice.remote.transport import Response
 from apprentice.schemas.schema import SchemaError, compact_json
 from apprentice.secrets import register
@@ -53,11 +53,21 @@ class _Loaded:
     body: Mapping[str, Any]
 
 
-class HostedEngine:
+class HostedEngine(EnginePlugin):
     """See the module.
 
     ``budget`` pays. ``key_env`` names the environment variable of the key; ``transport`` replaces the network.
     """
+
+    keeps_models = True
+    is_paid = True
+
+    @classmethod
+    def configured(cls, setup: EngineSetup, options: Any) -> HostedEngine:
+        assert setup.budget is not None, "build_engine makes sure of it for what is paid"
+        settings = setup.settings
+        url = settings.url or "https://api.openai.com/v1"
+        return cls(setup.budget, url=url, key_env=settings.api_key_env, max_new_tokens=settings.max_new_tokens)
 
     def __init__(
         self,
@@ -219,3 +229,6 @@ def _probabilities(choice: Mapping[str, Any]) -> list[tuple[str, float]] | None:
     rows = (choice.get("logprobs") or {}).get("content")
     tokens = [(str(row["token"]), float(row["logprob"])) for row in rows or ()]
     return tokens if tokens and all(logprob <= 0.0 for _, logprob in tokens) else None
+
+
+REGISTERED = HostedEngine

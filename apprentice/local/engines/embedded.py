@@ -22,7 +22,7 @@ from apprentice.errors import ApprenticeError, EngineUnavailable, OutputError, P
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import load_model_and_tokenizer, resolve_base_model
 from apprentice.local.decoding import Decoding
-from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.engine import EnginePlugin, EngineSetup, Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from apprentice.schemas.schema import compact_json
@@ -73,8 +73,21 @@ class _Request:
     past: int = 0
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(EnginePlugin):
     """transformers in this process; see the module. Nothing heavy is imported or loaded before the first `load`."""
+
+    packages = ("torch", "transformers", "peft", "safetensors", "gguf")
+    extra = "embedded"
+
+    @classmethod
+    def configured(cls, setup: EngineSetup, options: Any) -> EmbeddedEngine:
+        settings = setup.settings
+        return cls(
+            settings.base_model,
+            setup.root,
+            max_new_tokens=settings.max_new_tokens,
+            max_memory_mb=settings.max_memory_mb,
+        )
 
     def __init__(
         self,
@@ -475,3 +488,6 @@ def _as_exception(error: BaseException) -> Exception:
     if isinstance(error, Exception):
         return error
     raise error
+
+
+REGISTERED = EmbeddedEngine

@@ -18,6 +18,8 @@ from apprentice.remote.provider import (
     Completion,
     MalformedAnswer,
     Prompt,
+    Provider,
+    ProviderPlugin,
     Turn,
     VendorError,
     address,
@@ -26,6 +28,7 @@ from apprentice.remote.provider import (
 )
 from apprentice.remote.transport import Endpoint, Request
 from apprentice.remote.usage import usage_of
+from apprentice.settings.config import ProviderSettings
 from apprentice.store import Usage
 
 __all__ = ["OpenAIChat", "OpenAIResponses", "read_chat"]
@@ -73,8 +76,11 @@ def _messages(user: str, turns: Sequence[Turn]) -> list[dict[str, str]]:
     return messages
 
 
-class OpenAIChat:
+class OpenAIChat(ProviderPlugin):
     """Chat Completions: of OpenAI itself, or of an ``openai_compatible`` server."""
+
+    dialect = staticmethod(strict)
+    most_enum_values = 1000
 
     def __init__(self, model: str, key: str, base_url: str | None = None, *, name: str = "openai") -> None:
         self.name = name
@@ -84,6 +90,12 @@ class OpenAIChat:
         self._body = Body("messages")
         # The newer name is OpenAI's own; other servers know the older one.
         self._is_openai = name == "openai" or _is_azure(url)
+
+    @classmethod
+    def configured(cls, settings: ProviderSettings, key: str, options: Any) -> Provider:
+        if settings.api == "responses":
+            return OpenAIResponses(settings.model, key, settings.base_url)
+        return cls(settings.model, key, settings.base_url)
 
     def __repr__(self) -> str:
         return f"OpenAIChat({self.model!r}, name={self.name!r})"
@@ -202,3 +214,6 @@ class OpenAIResponses:
 
 def _responses_usage(reported: Any) -> Usage | None:
     return _usage(reported, "input_tokens", "output_tokens")
+
+
+REGISTERED = OpenAIChat

@@ -18,16 +18,19 @@ from apprentice.errors import MissingExtra, TrainingError
 from apprentice.local.base_model import resolve_base_model
 from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
-from flows.trainers.peft import adopt, save_adapter, toolchain
+from flows.trainers import Progress, TrainedAdapter, TrainerPlugin, TrainingJob, read_rows
+from flows.trainers.backends.huggingface import adopt, save_adapter, toolchain
 from flows.trainers.preflight import check_local
 from flows.trainers.recipe import choose
 
 __all__ = ["UnslothTrainer"]
 
 
-class UnslothTrainer:
+class UnslothTrainer(TrainerPlugin):
     """``local.fine_tune_backend: unsloth``."""
+
+    packages = ("unsloth",)
+    extra = "unsloth"
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -139,3 +142,6 @@ class UnslothTrainer:
             recipe=recipe.as_dict(),
             toolchain=toolchain("unsloth", "torch", "transformers", "peft"),
         )
+
+
+REGISTERED = UnslothTrainer

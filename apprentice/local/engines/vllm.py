@@ -23,7 +23,7 @@ from apprentice.errors import ApprenticeError, ConfigError, EngineUnavailable, P
 from apprentice.local.adapter import check_adapter
 from apprentice.local.base_model import resolve_base_model
 from apprentice.local.drained import Drained
-from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.engine import EnginePlugin, EngineSetup, Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.grammar import gbnf
 from apprentice.local.leases import Alone, Leases
@@ -121,8 +121,18 @@ class _Loaded:
     completer: _Completer
 
 
-class VllmEngine:
+class VllmEngine(EnginePlugin):
     """See the module. ``leases`` know who else uses the server; ``transport`` replaces the network in tests."""
+
+    default_url = "http://127.0.0.1:8000"
+
+    @classmethod
+    def configured(cls, setup: EngineSetup, options: Any) -> VllmEngine:
+        settings = setup.settings
+        url = settings.url or cls.default_url
+        return cls(
+            settings.base_model, setup.root, url=url, max_new_tokens=settings.max_new_tokens, leases=setup.leases
+        )
 
     def __init__(
         self,
@@ -296,3 +306,6 @@ class VllmEngine:
         from apprentice.local.base_model import load_tokenizer
 
         return Frame.of_tokenizer(load_tokenizer(resolve_base_model(self._base_model, self._root)))
+
+
+REGISTERED = VllmEngine

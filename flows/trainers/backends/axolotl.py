@@ -25,9 +25,9 @@ from apprentice.local.frame import Frame
 from apprentice.local.skeleton import Skeleton
 from apprentice.secrets import HUB_TOKENS, child_environment
 from flows.process_group import stop_group
-from flows.trainers import Progress, TrainedAdapter, TrainingJob, read_rows
+from flows.trainers import Progress, TrainedAdapter, TrainerPlugin, TrainingJob, read_rows
+from flows.trainers.backends.huggingface import adopt, toolchain
 from flows.trainers.labelled import write_labelled
-from flows.trainers.peft import adopt, toolchain
 from flows.trainers.preflight import check_local
 from flows.trainers.recipe import Recipe, choose
 
@@ -71,8 +71,11 @@ def axolotl_config(recipe: Recipe, *, base: str, data: Path, output: Path, max_l
     }
 
 
-class AxolotlTrainer:
+class AxolotlTrainer(TrainerPlugin):
     """``local.fine_tune_backend: axolotl``."""
+
+    packages = ("axolotl",)
+    extra = "axolotl"
 
     def __init__(self, command: str | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._command = shlex.split(command or os.environ.get("AXOLOTL_COMMAND", "axolotl"))
@@ -155,3 +158,6 @@ def _keep_only_the_adapter(output: Path) -> None:
     for path in output.iterdir():
         if path.name not in ("adapter_config.json", "adapter_model.safetensors", "frame.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+REGISTERED = AxolotlTrainer

@@ -30,7 +30,7 @@ from apprentice.local import llama_server
 from apprentice.local.adapter import check_adapter, read_adapter
 from apprentice.local.base_model import BaseModel, resolve_base_model
 from apprentice.local.drained import Drained
-from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.engine import EnginePlugin, EngineSetup, Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.gguf_file import GgufHeader, read_gguf_header, write_lora
 from apprentice.local.grammar import gbnf
@@ -122,8 +122,16 @@ class _Served:
     process: subprocess.Popen[str] | None = None
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(EnginePlugin):
     """See the module. ``threads``: for one server's computations; None leaves it to llama.cpp."""
+
+    packages = ("gguf", "xllamacpp")
+    extra = "llama_cpp"
+
+    @classmethod
+    def configured(cls, setup: EngineSetup, options: Any) -> LlamaCppEngine:
+        settings = setup.settings
+        return cls(settings.base_model, setup.root, url=settings.url, max_new_tokens=settings.max_new_tokens)
 
     def __init__(
         self,
@@ -354,3 +362,6 @@ def _stop(served: _Served) -> None:
     served.client.close()
     if served.process is not None:
         _end(served.process)
+
+
+REGISTERED = LlamaCppEngine

@@ -19,6 +19,7 @@ from apprentice.remote.provider import (
     Completion,
     MalformedAnswer,
     Prompt,
+    ProviderPlugin,
     Turn,
     address,
     schema_in_words,
@@ -27,6 +28,7 @@ from apprentice.remote.provider import (
 from apprentice.remote.transport import Endpoint, Request
 from apprentice.remote.usage import total, usage_of
 from apprentice.schemas.schema import compact_json
+from apprentice.settings.config import ProviderSettings
 from apprentice.store import Usage
 
 __all__ = ["Anthropic"]
@@ -41,10 +43,11 @@ _STOPS: dict[str, Literal["end", "length", "refusal"]] = {
 _ORDINARY = ("", "end_turn", "tool_use", "stop_sequence")
 
 
-class Anthropic:
+class Anthropic(ProviderPlugin):
     """Asks one Claude model."""
 
     name = "anthropic"
+    dialect = staticmethod(closed)
 
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model
@@ -52,6 +55,10 @@ class Anthropic:
         self._endpoint = Endpoint(url, ("x-api-key", key), ("anthropic-version", "2023-06-01"))
         self._old = bool(_WITHOUT_OUTPUT_FORMAT.match(model))
         self._body = Body("messages")
+
+    @classmethod
+    def configured(cls, settings: ProviderSettings, key: str, options: Any) -> Anthropic:
+        return cls(settings.model, key, settings.base_url)
 
     def __repr__(self) -> str:
         return f"Anthropic({self.model!r})"
@@ -109,3 +116,6 @@ def _usage(reported: Any) -> Usage | None:
         cache_write=written,
         reasoning=details.get("thinking_tokens") if isinstance(details, dict) else None,
     )
+
+
+REGISTERED = Anthropic

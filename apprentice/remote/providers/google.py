@@ -15,6 +15,7 @@ from apprentice.remote.provider import (
     Completion,
     MalformedAnswer,
     Prompt,
+    ProviderPlugin,
     Turn,
     address,
     schema_in_words,
@@ -22,6 +23,7 @@ from apprentice.remote.provider import (
 )
 from apprentice.remote.transport import Endpoint, Request
 from apprentice.remote.usage import total, usage_of
+from apprentice.settings.config import ProviderSettings
 from apprentice.store import Usage
 
 __all__ = ["Google"]
@@ -31,10 +33,12 @@ _ORDINARY = ("STOP", "FINISH_REASON_UNSPECIFIED", None)
 _BROKEN = ("OTHER", "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
 
 
-class Google:
+class Google(ProviderPlugin):
     """Asks one Gemini model."""
 
     name = "google"
+    dialect = staticmethod(gemini)
+    most_enum_values = 200
 
     def __init__(self, model: str, key: str, base_url: str | None = None) -> None:
         self.model = model.removeprefix("models/")
@@ -42,6 +46,10 @@ class Google:
         # the key in a header and never in the URL, which is logged
         self._endpoint = Endpoint(address(base, f"/models/{self.model}:generateContent"), ("x-goog-api-key", key))
         self._body = Body("contents")
+
+    @classmethod
+    def configured(cls, settings: ProviderSettings, key: str, options: Any) -> Google:
+        return cls(settings.model, key, settings.base_url)
 
     def __repr__(self) -> str:
         return f"Google({self.model!r})"
@@ -96,3 +104,6 @@ def _usage(reported: Any) -> Usage | None:
         cached=reported.get("cachedContentTokenCount"),
         reasoning=thoughts,
     )
+
+
+REGISTERED = Google

@@ -32,7 +32,7 @@ from apprentice.errors import ApprenticeError, ConfigError, EngineUnavailable, O
 from apprentice.local.adapter import WEIGHTS, check_adapter, read_adapter
 from apprentice.local.base_model import BaseModel, cache_dir, resolve_base_model
 from apprentice.local.drained import Drained
-from apprentice.local.engine import Health, LoadedVersion, LocalAnswer, Version
+from apprentice.local.engine import EnginePlugin, EngineSetup, Health, LoadedVersion, LocalAnswer, Version
 from apprentice.local.frame import Frame
 from apprentice.local.gguf_file import read_gguf_header, special_tokens, write_merged
 from apprentice.local.leases import Alone, Leases
@@ -72,11 +72,26 @@ class _Loaded:
     bytes: int | None
 
 
-class OllamaEngine:
+class OllamaEngine(EnginePlugin):
     """See the module. ``base_model`` is the server's tag, ``training_model`` the same weights as a GGUF.
 
     ``leases`` know who else uses the server; ``transport`` replaces the network in tests.
     """
+
+    default_url = "http://127.0.0.1:11434"
+    keeps_models = True
+
+    @classmethod
+    def configured(cls, setup: EngineSetup, options: Any) -> OllamaEngine:
+        settings = setup.settings
+        return cls(
+            settings.base_model,
+            setup.root,
+            training_model=settings.training_model,
+            url=settings.url or cls.default_url,
+            max_new_tokens=settings.max_new_tokens,
+            leases=setup.leases,
+        )
 
     def __init__(
         self,
@@ -343,3 +358,6 @@ def _tokenizer(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception:  # noqa: BLE001  # the package's own errors have no common class
         return None
+
+
+REGISTERED = OllamaEngine

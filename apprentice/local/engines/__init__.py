@@ -1,0 +1,1 @@
+"""One engine a file, called as in `local.backend`; ``REGISTERED`` is its class."""

@@ -1,0 +1,1 @@
+"""What Acme adds to Apprentice; pyproject.toml says under which names."""

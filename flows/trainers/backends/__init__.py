@@ -1,0 +1,1 @@
+"""One trainer a file, called as in `local.fine_tune_backend`; ``REGISTERED`` is its class."""
