@@ -30,7 +30,8 @@ Whatever an operator should hear of is an event: in the store, as a line in the 
 
 gets each event as a JSON POST, if it is at least `alerts.level` (`warning` by default; `info` adds promotions and
 phases), and every all-clear. `text` is what Slack, Mattermost and Teams' incoming webhooks show. `id` is the event's in
-the store: after a time-out the same one may arrive twice.
+the store: after a time-out the same one may arrive twice. Sinks of other packages stand under `alerts.sinks`:
+[Extending](extending.md#an-alert-sink).
 
 | field | holds |
 | --- | --- |

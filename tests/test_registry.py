@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from apprentice.registry import DECAY, ENGINES, EVALUATORS, KINDS, PROVIDERS, SI
 from apprentice.settings.config import load_settings
 from apprentice.settings.settings_schema import settings_schema
 
+ROOT = Path(__file__).parents[1]
 CONFIG = """\
 tasks:
   - name: mood
@@ -296,5 +298,67 @@ def test_a_machine_without_flows_takes_every_trainers_name(tmp_path: Path, monke
 
 def test_every_group_is_one_of_the_documented_ones() -> None:
     """docs/extending.md names each kind's group and key."""
-    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     assert [kind.group for kind in KINDS if f"`{kind.group}`" not in page] == []
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of what ships, to be changed."""
+    for name in ("apprentice", "flows"):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "copy"
+
+
+ONE_FILE = {
+    "provider": "apprentice/remote/providers/acme.py",
+    "evaluator": "apprentice/evaluators/near_day.py",
+    "engine": "apprentice/local/engines/rote.py",
+    "trainer": "flows/trainers/backends/rote.py",
+}
+
+
+def test_a_new_one_of_ours_is_one_file(copied: Path, tmp_path: Path) -> None:
+    """The table in CONTRIBUTING.md: a file for four kinds, a class and its line in one file for the other two."""
+    acme = ROOT / "examples" / "acme"
+    classes = {"provider": "Acme", "evaluator": "NearDay", "engine": "Rote", "trainer": "RoteTrainer"}
+    for kind, place in ONE_FILE.items():
+        code = (acme / "apprentice_acme" / f"{kind}.py").read_text(encoding="utf-8")
+        (copied / place).write_text(f"{code}\n\nREGISTERED = {classes[kind]}\n", encoding="utf-8")
+    sampling = copied / "apprentice" / "confidence" / "sampling.py"
+    cubic = "def cubic(correlation, trigger, floor):\n    return linear(correlation, trigger, floor) ** 3\n\n\n"
+    text = sampling.read_text(encoding="utf-8")
+    text = text.replace("CURVES: dict", cubic + "CURVES: dict").replace(
+        '"step": step}', '"step": step, "cubic": cubic}'
+    )
+    sampling.write_text(text, encoding="utf-8")
+    sinks = copied / "apprentice" / "events" / "sinks.py"
+    code = (acme / "apprentice_acme" / "sink.py").read_text(encoding="utf-8")
+    pager = "import os\n\n" + code[code.index("class Pager") :] + "\n\n"
+    text = sinks.read_text(encoding="utf-8").replace("SINKS: Mapping", pager + "SINKS: Mapping")
+    text = text.replace("import register_url,", "import register, register_url,")
+    sinks.write_text(text.replace('{"webhook": Webhook}', '{"webhook": Webhook, "pager": Pager}'), encoding="utf-8")
+
+    config = (acme / "apprentice.yaml").read_text(encoding="utf-8")
+    config = config.replace("decay_function: power\n  decay_options: {exponent: 3}", "decay_function: cubic")
+    (tmp_path / "apprentice.yaml").write_text(config, encoding="utf-8")
+    code = (
+        "from apprentice import load_settings\nfrom apprentice.registry import KINDS\n"
+        "from apprentice.settings.settings_schema import settings_schema\n"
+        "from apprentice.operate.check import findings\n"
+        "settings = load_settings('apprentice.yaml', {})\n"
+        "print([one for one in findings(settings, {'ACME_API_KEY': 'acme-0123456789'}) if one.state == 'problem'])\n"
+        "names = {'acme', 'near_day', 'rote', 'cubic', 'pager'}\n"
+        "print([sorted(names & set(kind.built_in)) for kind in KINDS])\n"
+        "print(settings_schema()['properties']['remote']['properties']['provider']['enum'])\n"
+    )
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(copied)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environ, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "[]",
+        "[['acme'], ['rote'], ['rote'], ['near_day'], ['cubic'], ['pager']]",
+        "['acme', 'anthropic', 'google', 'openai', 'openai_compatible']",
+    ]

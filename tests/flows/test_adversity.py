@@ -45,7 +45,7 @@ def test_a_rollback_asks_no_evaluator(home: Any, trainer: Any, monkeypatch: pyte
     home.teach(300)
     second = _coach(home)
     earned = home.store.policy_row("mood", first.version).trust
-    monkeypatch.setattr("apprentice.request.judge.build_evaluator", fails)
+    monkeypatch.setattr("apprentice.request.judge.made_evaluator", fails)
     shop = Workshop.open(home.settings)
     choose(shop, previous_champion(shop, "mood"), how="rollback", by="ann", reason="bad")
     state = home.store.policy_row("mood")
