@@ -17,8 +17,10 @@ from click.testing import CliRunner
 from apprentice.cli import cli
 from apprentice.errors import ConfigError
 from apprentice.evaluators import build_evaluator
+from apprentice.events.sinks import Webhook, sinks_of
 from apprentice.operate.check import findings
 from apprentice.registry import DECAY, ENGINES, EVALUATORS, KINDS, PROVIDERS, SINKS, TRAINERS, Plugin, Registry
+from apprentice.secrets import scrub
 from apprentice.settings.config import load_settings
 from apprentice.settings.settings_schema import settings_schema
 
@@ -286,6 +288,15 @@ def test_the_schema_for_editors_knows_what_is_installed(install: Install) -> Non
     assert described["enum"] == ["custom", "exact_match", "half", "semantic_similarity", "structured_match"]
     printed = json.loads(CliRunner().invoke(cli, ["schema"]).output)
     assert printed["properties"]["tasks"]["items"]["properties"]["evaluator"] == described
+
+
+def test_a_sinks_address_is_a_secret_wherever_it_stands(tmp_path: Path) -> None:
+    """As that of `alerts.webhook`, to which it is the same."""
+    url = "https://hooks.example/services/T0/B0/x7Yq0pLm3"
+    settings = loaded(tmp_path, ("sampling:", f"alerts: {{sinks: {{webhook: {{url: '{url}'}}}}}}\nsampling:"))
+    (sink,) = sinks_of(settings.alerts)
+    assert isinstance(sink, Webhook)
+    assert "x7Yq0pLm3" not in scrub(repr(settings)) + repr(settings.alerts)
 
 
 def test_a_machine_without_flows_takes_every_trainers_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from apprentice.errors import ConfigError, Problem
 from apprentice.registry import DECAY, ENGINES, EVALUATORS, PROVIDERS, SINKS, TRAINERS, Found, Registry, RegistryError
 from apprentice.schemas.json_values import InvalidValue
 from apprentice.schemas.schema import Schema, parse_schema
-from apprentice.secrets import register, register_environment, register_url, scrub
+from apprentice.secrets import register, register_environment, register_url, scrub_values
 from apprentice.settings.yaml_file import line_of, read_yaml
 
 __all__ = [
@@ -189,7 +189,7 @@ class _Section(BaseModel):
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, scrub(value) if isinstance(value, str) else value
+            yield name, scrub_values(value) if isinstance(value, str | dict) else value
 
 
 class Thresholds(_Section):
@@ -571,6 +571,9 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _hide_secrets(self) -> Settings:
         register_url(self.alerts.webhook, whole=True)
+        for text in (text for given in self.alerts.sinks.values() for text in given.values()):
+            if isinstance(text, str) and "://" in text:
+                register_url(text, whole=True)
         for url in (self.store, self.tracking.uri, self.tracking.artifacts, self.local.url):
             register_url(url)
         for provider in self.remote.providers:

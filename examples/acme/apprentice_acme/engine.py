@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from apprentice.errors import VersionError
+from apprentice.errors import OutputError, Problem, VersionError
 from apprentice.local.adapter import CONFIG
 from apprentice.local.engine import EnginePlugin, EngineSetup, Health, LoadedVersion, LocalAnswer, Version
 
@@ -28,21 +28,30 @@ class Rote(EnginePlugin):
         return cls(options.guess)
 
     def load(self, version: Version) -> None:
-        if version.adapter is None:
-            raise VersionError(f"version {version.name} has no adapter: nothing was learned by heart")
-        self._held[version.name] = version, json.loads((version.adapter / CONFIG).read_text(encoding="utf-8"))
+        answers = {}  # the base model, which knows nothing: a run asks it, to see what its training has changed
+        if version.adapter is not None:
+            answers = json.loads((version.adapter / CONFIG).read_text(encoding="utf-8"))
+        self._held[version.name] = version, answers
 
     def answer(self, version: str, value: Mapping[str, Any], *, deadline_s: float) -> LocalAnswer:
         if version not in self._held:
             raise VersionError(f"version {version} is not loaded")
         of, answers = self._held[version]
+        if not answers:
+            raise OutputError(of.task, "local", [Problem("answer", "is missing: nothing was learned by heart.")])
         asked = of.prompt(value)
         output = answers.get(asked) or next(iter(answers.values()))
         sure = 1.0 if asked in answers else self._guess
         return LocalAnswer(output, sure, dict.fromkeys(output, sure), version, len(asked), len(output))
 
     def answer_many(self, version: str, values: Sequence[Mapping[str, Any]]) -> list[LocalAnswer | Exception]:
-        return [self.answer(version, value, deadline_s=1.0) for value in values]
+        answers: list[LocalAnswer | Exception] = []
+        for value in values:
+            try:
+                answers.append(self.answer(version, value, deadline_s=1.0))
+            except OutputError as error:
+                answers.append(error)
+        return answers
 
     def unload(self, version: str) -> None:
         self._held.pop(version, None)
