@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from apprentice import Apprentice, OutputError, RemoteRefused, Unavailable
-from apprentice.local import llama_cpp
+from apprentice.local.engines import llama_cpp
 from apprentice.settings.config import Settings
 
 KEY = "key-of-the-server-0123456789"

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.errors import EngineRefused, EngineUnavailable, LocalError, OutputError, VersionError
-from apprentice.local import llama_cpp, vllm
 from apprentice.local.engine import LocalAnswer
+from apprentice.local.engines import llama_cpp, vllm
 from apprentice.local.served import Courtesy, post
 
 
